@@ -1,0 +1,375 @@
+"""The transformers backend: load a model with its routers, generate, steer, and read its logits.
+
+Greedy decoding only: comparisons are made on what the model says first. Prompts are padded on the left and
+batched by length. No remote code, no pickled weights (docs/security.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from moesteer import files
+from moesteer.models.steering import BiasSteering, MaskTables, Receipt
+from moesteer.conversations import Message
+from moesteer.errors import DataError, FileError, ModelError, UnsafeModelError
+from moesteer.fingerprint import Fingerprint
+from moesteer.mask import SteeringMask
+from moesteer.models.check import self_check
+from moesteer.models.fingerprint import fingerprint_of
+from moesteer.models.routers import Router, find_routers
+from moesteer.models.tap import RouterTap
+from moesteer.progress import Progress
+
+BATCH_POSITIONS = 16_384
+"""Positions (rows x padded length, the tokens to come included) in one generated batch."""
+LAB_TINY = Path(__file__).parent.parent / "lab" / "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One response: text without special tokens, its token ids, and whether the model ended it itself."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as token ids, with the half-open spans [start, end) that detection counts tokens in."""
+
+    token_ids: tuple[int, ...]
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+class Model:
+    """A loaded Mixture-of-Experts model, its tokenizer and its routers. Made by `load`."""
+
+    def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
+        self.hf, self.tokenizer, self.name = hf, tokenizer, name
+        self.routers: tuple[Router, ...] = find_routers(hf)
+        self.tap = RouterTap(self.routers)
+        self.model_type: str = hf.config.get_text_config().model_type
+        self.fingerprint: Fingerprint = fingerprint_of(self.model_type, self.routers)
+        self._steering: MaskTables | None = None
+        self._stops = _stop_ids(hf, tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.hf.device
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(p.numel() for p in self.hf.parameters())
+
+    @property
+    def mask_sha256(self) -> tuple[str, ...]:
+        """Digests of the masks applied now (short form); empty for the model as it is."""
+        return self._steering.receipt.masks if self._steering is not None else ()
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest prompt and response together."""
+        return int(getattr(self.hf.config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+    # ---- text to tokens
+
+    def render(self, messages: Sequence[Message], *, generation: bool = True) -> str:
+        """The chat template's text. Raises ModelError for a tokenizer without a template."""
+        if not self.tokenizer.chat_template:
+            raise ModelError(
+                "the tokenizer has no chat template",
+                where=self.name,
+                expected="a chat model, whose tokenizer says how a conversation is written",
+                do="use the instruct or chat version of the model",
+            )
+        rows = [{"role": m.role, "content": m.content} for m in messages]
+        text = self.tokenizer.apply_chat_template(rows, add_generation_prompt=generation, tokenize=False)
+        assert isinstance(text, str)
+        return text
+
+    def encode(self, messages: Sequence[Message], response: str | None = None) -> Encoded:
+        """Tokens and spans of a conversation that ends in the user's turn, and of a response put to it.
+
+        Spans: "prompt", all before the response, template marks included; "final_user", the content of the
+        last user message; "response", the response and its end mark (only where one is given).
+        """
+        text = self.render(messages)
+        batch = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = list(batch["input_ids"]), batch["offset_mapping"]
+        spans = {"prompt": (0, len(ids))}
+        start = self._final_user_start(messages, text)
+        end = start + len(messages[-1].content.strip())
+        inside = [i for i, (low, high) in enumerate(offsets) if high > start and low < end]
+        spans["final_user"] = (inside[0], inside[-1] + 1)
+        if response is not None:
+            more = self.tokenizer(response, add_special_tokens=False)["input_ids"]
+            more = [*more, self._stops[0]] if self._stops else more
+            spans["response"] = (len(ids), len(ids) + len(more))
+            ids += more
+        if len(ids) > self.context_tokens:
+            raise DataError(
+                f"a conversation of {len(ids)} tokens is longer than the model's context",
+                where=f"the conversation that ends {messages[-1].content[-60:]!r}",
+                expected=f"at most {self.context_tokens} tokens",
+                do="shorten it, or leave it out",
+            )
+        return Encoded(tuple(ids), spans)
+
+    def _final_user_start(self, messages: Sequence[Message], text: str) -> int:
+        """Character where the last message's content stands in the rendered text, found by a stand-in."""
+        mark = "\u2402moesteer\u2403"
+        content = messages[-1].content.strip()
+        start = self.render([*messages[:-1], Message(messages[-1].role, mark)]).rfind(mark)
+        if start < 0 or text[start : start + len(content)] != content:
+            raise DataError(
+                "the chat template does not write the last message as it is",
+                where=f"the conversation that ends {content[-60:]!r}",
+                expected="its content, word for word, in the prompt",
+                do="capture the span 'prompt' instead of 'final_user'",
+            )
+        return start
+
+    # ---- generation
+
+    def generate(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        max_new_tokens: int = 128,
+        rows: Sequence[int] | None = None,
+        title: str | None = None,
+    ) -> list[Generation]:
+        """Greedy responses, in the order given.
+
+        rows: with several masks applied, which steers which conversation (0 none, m the m-th mask).
+        title: shows a progress bar. Raises DataError for a prompt that does not fit the context.
+        """
+        encoded = [self.encode(messages).token_ids for messages in conversations]
+        for messages, ids in zip(conversations, encoded, strict=True):
+            if len(ids) + max_new_tokens > self.context_tokens:
+                raise DataError(
+                    f"a prompt of {len(ids)} tokens leaves no room for {max_new_tokens} new ones",
+                    where=f"the conversation that ends {messages[-1].content[-60:]!r}",
+                    expected=f"at most {self.context_tokens} tokens together",
+                    do="shorten the conversation, or lower the number of new tokens",
+                )
+        done: list[Generation | None] = [None] * len(encoded)
+        with Progress(title or "", total=len(encoded), unit="replies", shown=title is not None) as progress:
+            for batch in length_batches([len(ids) + max_new_tokens for ids in encoded], BATCH_POSITIONS):
+                picked = None if rows is None else [rows[i] for i in batch]
+                for i, generation in zip(
+                    batch, self._generate_batch([encoded[i] for i in batch], max_new_tokens, picked), strict=True
+                ):
+                    done[i] = generation
+                progress.advance(len(batch))
+        return [generation for generation in done if generation is not None]
+
+    def _generate_batch(
+        self, prompts: list[tuple[int, ...]], max_new_tokens: int, rows: list[int] | None
+    ) -> list[Generation]:
+        if self._steering is not None and rows is not None:
+            self._steering.set_rows(rows)
+        input_ids, attention = self.pad(prompts)
+        with torch.inference_mode():
+            out = self.hf.generate(
+                input_ids=input_ids, attention_mask=attention, max_new_tokens=max_new_tokens, do_sample=False,
+                temperature=None, top_p=None, top_k=None, pad_token_id=self._pad_id, eos_token_id=self._stops or None,
+            )  # fmt: skip
+        results = []
+        for row in out[:, input_ids.shape[1] :].tolist():
+            stop = next((i for i, token in enumerate(row) if token in self._stops), None)
+            kept = row if stop is None else row[:stop]
+            text = self.tokenizer.decode(kept, skip_special_tokens=True)
+            results.append(Generation(text.strip(), tuple(kept), stop is not None))
+        return results
+
+    def chat(self, text: str, *, max_new_tokens: int = 128) -> str:
+        """The model's reply to one user message."""
+        return self.generate([[Message("user", text)]], max_new_tokens=max_new_tokens)[0].text
+
+    @property
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else (self._stops or [0])[0])
+
+    def pad(self, sequences: Sequence[Sequence[int]], *, left: bool = True) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask [batch, longest], on the model's device."""
+        width = max(len(ids) for ids in sequences)
+        input_ids = torch.full((len(sequences), width), self._pad_id)
+        attention = torch.zeros((len(sequences), width), dtype=torch.long)
+        for row, ids in enumerate(sequences):
+            place = slice(width - len(ids), width) if left else slice(0, len(ids))
+            input_ids[row, place] = torch.tensor(ids)
+            attention[row, place] = 1
+        return input_ids.to(self.device), attention.to(self.device)
+
+    # ---- steering
+
+    @contextmanager
+    def steered(
+        self,
+        masks: Sequence[SteeringMask],
+        *,
+        alphas: Sequence[float | None] | None = None,
+        allow_other_checkpoint: bool = False,
+        allow_empty: bool = False,
+    ) -> Iterator[Receipt]:
+        """Steer inside the block with one mask, or with several, one per batch row (`generate(rows=...)`).
+
+        Raises MaskMismatchError, NoEffectError, AlreadySteeredError before the first token. On exit the model
+        is itself again, bit for bit.
+        """
+        for mask in masks:
+            mask.check_model(self.fingerprint, allow_other_checkpoint=allow_other_checkpoint)
+            if not allow_empty:
+                mask.require_entries()
+        steering = MaskTables.of_masks(masks, alphas or [None] * len(masks), device=self.device)
+        with self.tap.steer(steering):
+            self._steering = steering
+            try:
+                yield steering.receipt
+            finally:
+                self._steering = None
+
+    def response_logits(self, sequences: Sequence[Encoded], *, bias_LE: Tensor | None, most: int) -> Tensor:
+        """Vocabulary logits [n, V] that predict the first `most` response tokens of every sequence, in order.
+
+        bias_LE [L, E] is added to the router logits at every position and may require gradient: this is what
+        the `direct` method optimises through. Sequences are padded on the right.
+        """
+        input_ids, attention = self.pad([encoded.token_ids for encoded in sequences], left=False)
+        rows, columns = response_places(sequences, most=most)
+        if bias_LE is None:
+            return self._logits_at(input_ids, attention, rows, columns)
+        with self.tap.steer(BiasSteering(bias_LE)):
+            return self._logits_at(input_ids, attention, rows, columns)
+
+    def _logits_at(self, input_ids: Tensor, attention: Tensor, rows: list[int], columns: list[int]) -> Tensor:
+        hidden = self.hf.base_model(input_ids=input_ids, attention_mask=attention, use_cache=False).last_hidden_state
+        head: Any = self.hf.get_output_embeddings()
+        logits: Tensor = head(hidden[rows, columns])
+        return logits
+
+
+def response_places(sequences: Sequence[Encoded], *, most: int) -> tuple[list[int], list[int]]:
+    """(rows, columns) of the positions that predict each sequence's first `most` response tokens."""
+    rows, columns = [], []
+    for row, encoded in enumerate(sequences):
+        start, end = encoded.spans["response"]
+        for column in range(start - 1, min(end, start + most) - 1):
+            rows.append(row)
+            columns.append(column)
+    return rows, columns
+
+
+def length_batches(lengths: Sequence[int], positions: int) -> Iterator[list[int]]:
+    """Indices in batches of like length, longest first, each at most `positions` rows x longest."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * lengths[batch[0]] > positions:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _stop_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """End tokens, the generation config's first."""
+    declared = hf.generation_config.eos_token_id if hf.generation_config is not None else None
+    ids = declared if isinstance(declared, list) else [declared]
+    return list(dict.fromkeys(int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None))
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    check: bool = True,
+) -> Model:
+    """Load a Hugging Face folder, a Hub id or `lab-tiny`, find its routers and prove that steering works.
+
+    dtype: "float32", "bfloat16", "float16"; "auto" is float32 on a CPU and the checkpoint's own elsewhere.
+    check: run the self-check (models/check.py); leave it on unless the same files were just checked.
+    Raises DenseModelError, UnknownRouterError, UnsafeModelError, SelfCheckError, ModelError.
+    """
+    name = str(model)
+    source = str(LAB_TINY) if name == "lab-tiny" else name
+    _refuse_unsafe_config(source, name=name, revision=revision)
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    wanted: Any = DTYPES.get(dtype, "auto")
+    if dtype == "auto" and place == "cpu":
+        wanted = torch.float32
+    elif dtype not in (*DTYPES, "auto"):
+        raise ModelError(
+            f"no dtype {dtype!r}", where=name, expected=f"auto, {', '.join(DTYPES)}", do="give one of these as --dtype"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        hf = AutoModelForCausalLM.from_pretrained(
+            source, revision=revision, trust_remote_code=False, use_safetensors=True, dtype=wanted
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"transformers could not load the model: {str(error).splitlines()[0]}",
+            where=name,
+            expected="a folder with config.json, safetensors weights and a tokenizer, or a Hub id of such",
+            do="check the path; convert .bin weights to safetensors; `moesteer doctor` shows the versions in use",
+        ) from error
+    hf = hf.to(place).eval()
+    if place == "cpu":
+        hf.set_experts_implementation("grouped_mm")
+    loaded = Model(hf, tokenizer, name=name)
+    if check:
+        self_check(loaded.hf, loaded.tap, vocabulary=len(tokenizer))
+    return loaded
+
+
+def _refuse_unsafe_config(source: str, *, name: str, revision: str | None) -> None:
+    """Refuse a model that asks for code of its own, before any of it is read by transformers."""
+    folder = Path(source)
+    try:
+        path = folder / "config.json" if folder.is_dir() else Path(cached_file(source, "config.json", revision=revision))
+        config = files.read_json(path)
+    except (OSError, FileError, TypeError) as error:
+        raise ModelError(
+            f"no readable config.json: {str(error).splitlines()[0]}",
+            where=name,
+            expected="a Hugging Face model folder, a Hub id, or lab-tiny",
+            do="check the path or the id, and the network if it is an id",
+        ) from error
+    asked = sorted(_unsafe_keys(config))
+    if asked:
+        raise UnsafeModelError(
+            f"config.json asks for code or internals: {', '.join(asked)}",
+            where=f"{name}: config.json",
+            expected="a model that transformers implements itself (trust_remote_code does not exist here)",
+            do="use a checkpoint of a native class; for one re-saved from remote code, remove auto_map and check it",
+        )
+
+
+def _unsafe_keys(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key == "auto_map" or (isinstance(key, str) and key.endswith("_internal")):
+                yield str(key)
+            yield from _unsafe_keys(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _unsafe_keys(inner)

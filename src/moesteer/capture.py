@@ -1,0 +1,188 @@
+"""Capture: run conversations through a model and keep what its routers did, in a trace on disk.
+
+The plan (which sequence goes into which batch and shard) is fixed by the input alone, so that a capture that
+was killed and started again ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moesteer import files
+from moesteer.backends.hf import Encoded, Model, length_batches
+from moesteer.conversations import Conversation
+from moesteer.errors import EmptyDataError, TraceLabelError, UnknownNameError
+from moesteer.models.routers import Router
+from moesteer.progress import Progress
+from moesteer.trace import Manifest, TraceReader, TraceRow, TraceWriter, selected_dtype
+
+SPANS = ("prompt", "final_user", "response")
+BATCH_POSITIONS = 8_192
+SHARD_TOKENS = 32_768
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Batches of sequence numbers, and which batches make up which shard."""
+
+    encoded: list[Encoded]
+    shards: list[list[list[int]]]
+
+    def sha256(self, conversations: Sequence[Conversation], extra: dict[str, Any]) -> str:
+        """Digest of everything that decides the trace's bytes."""
+        items = [
+            [c.id, c.group, c.label, c.tactic, c.split, list(e.token_ids), sorted(e.spans.items())]
+            for c, e in zip(conversations, self.encoded, strict=True)
+        ]
+        return files.sha256(files.dumps([extra, self.shards, items], indent=None).encode("utf-8"))
+
+
+class _Kept:
+    """A Capture that keeps the wanted positions of every router, in router order."""
+
+    def __init__(self, routers: int, positions: Tensor, *, logits: bool) -> None:
+        self.positions, self.with_logits = positions, logits
+        self.logits_L: list[Tensor | None] = [None] * routers
+        self.selected_L: list[Tensor | None] = [None] * routers
+
+    def logits(self, router: Router, logits_NE: Tensor) -> None:
+        """Keep the raw logits of the wanted positions."""
+        if self.with_logits:
+            self.logits_L[router.index] = logits_NE.index_select(0, self.positions)
+
+    def selected(self, router: Router, experts_NK: Tensor, weights_NK: Tensor) -> None:
+        """Keep the selected experts of the wanted positions."""
+        self.selected_L[router.index] = experts_NK.index_select(0, self.positions)
+
+
+def capture(
+    model: Model,
+    conversations: Sequence[Conversation],
+    *,
+    out: Path | str,
+    spans: Sequence[Literal["prompt", "final_user", "response"]] = ("final_user",),
+    level: Literal["logits", "selected"] = "logits",
+    batch_positions: int = BATCH_POSITIONS,
+    shard_tokens: int = SHARD_TOKENS,
+    title: str = "capture",
+) -> TraceReader:
+    """Capture the spans' tokens of every conversation to the trace folder `out`, or go on with it.
+
+    spans: "final_user" (content of the last user message; MASCing), "prompt" (all of it), "response" (the
+    conversation's `reference`, teacher-forced; SteerMoE's safety pairs). level: "selected" keeps expert ids
+    only. Logits are raw (before steering) and float16; within `model.steered(...)` the manifest names the mask.
+    Raises EmptyDataError, TraceLabelError (a response is wanted and missing), NanLogitsError, RunDirectoryError.
+    """
+    if not conversations:
+        raise EmptyDataError(
+            "nothing to capture", where=str(out), expected="at least one conversation", do="check the data file"
+        )
+    unknown = [span for span in spans if span not in SPANS]
+    if unknown or not spans:
+        raise UnknownNameError(
+            f"no span {unknown or 'at all'}", where=str(out), expected=", ".join(SPANS), do="name one or more of these"
+        )
+    plan = _plan(model, conversations, spans, batch_positions=batch_positions, shard_tokens=shard_tokens)
+    mask_sha256 = model.mask_sha256
+    extra = {"spans": list(spans), "level": level, "model": model.fingerprint.router_sha256, "masks": list(mask_sha256)}
+    manifest = Manifest(
+        fingerprint=model.fingerprint, mask_sha256=mask_sha256, level=level, spans=tuple(spans),
+        sequences=len(conversations), shards=len(plan.shards), plan_sha256=plan.sha256(conversations, extra),
+    )  # fmt: skip
+    writer = TraceWriter(Path(out), manifest)
+    with Progress(title, total=len(conversations), unit="sequences") as progress:
+        progress.advance(sum(len(batch) for shard in plan.shards[: writer.done] for batch in shard))
+        for number in range(writer.done, len(plan.shards)):
+            _write_shard(model, conversations, plan, number, writer, spans=spans, level=level, progress=progress)
+    writer.finish()
+    return TraceReader(out)
+
+
+def _plan(
+    model: Model, conversations: Sequence[Conversation], spans: Sequence[str], *, batch_positions: int, shard_tokens: int
+) -> _Plan:
+    encoded = []
+    for conversation in conversations:
+        response = conversation.reference if "response" in spans else None
+        if "response" in spans and not response:
+            raise TraceLabelError(
+                "a conversation has no response to capture",
+                where=f"conversation {conversation.id}",
+                expected="a `reference` to be teacher-forced, since the span 'response' is wanted",
+                do="add the responses, or capture 'final_user' or 'prompt'",
+            )
+        encoded.append(model.encode(conversation.messages, response))
+    shards: list[list[list[int]]] = [[]]
+    tokens = 0
+    for batch in length_batches([len(e.token_ids) for e in encoded], batch_positions):
+        if tokens >= shard_tokens:
+            shards.append([])
+            tokens = 0
+        shards[-1].append(batch)
+        tokens += sum(len(encoded[i].token_ids) for i in batch)
+    return _Plan(encoded, shards)
+
+
+def _write_shard(
+    model: Model,
+    conversations: Sequence[Conversation],
+    plan: _Plan,
+    number: int,
+    writer: TraceWriter,
+    *,
+    spans: Sequence[str],
+    level: str,
+    progress: Progress,
+) -> None:
+    rows: list[TraceRow] = []
+    logits, selected, token_ids = [], [], []
+    offset = 0
+    for batch in plan.shards[number]:
+        kept, places = forward(model, [plan.encoded[i] for i in batch], spans=spans, logits=level == "logits")
+        selected.append(kept[1])
+        if kept[0] is not None:
+            logits.append(kept[0])
+        for i, columns in zip(batch, places, strict=True):
+            conversation, encoded = conversations[i], plan.encoded[i]
+            lengths = tuple(encoded.spans[name][1] - encoded.spans[name][0] for name in spans)
+            rows.append(
+                TraceRow(
+                    conversation.id, conversation.group, conversation.label, conversation.tactic, conversation.split,
+                    number, offset, len(columns), tuple(spans), lengths,
+                )
+            )  # fmt: skip
+            token_ids += [encoded.token_ids[column] for column in columns]
+            offset += len(columns)
+        progress.advance(len(batch))
+    writer.write_shard(
+        rows,
+        selected=np.concatenate(selected),
+        token_ids=np.array(token_ids, dtype=np.int32),
+        logits=np.concatenate(logits) if logits else None,
+    )
+
+
+def forward(
+    model: Model, batch: Sequence[Encoded], *, spans: Sequence[str], logits: bool
+) -> tuple[tuple[np.ndarray | None, np.ndarray], list[list[int]]]:
+    """One batch through the model: ((logits [n, L, E] float32, selected [n, L, K]), columns kept per sequence)."""
+    input_ids, attention = model.pad([encoded.token_ids for encoded in batch], left=False)
+    width = input_ids.shape[1]
+    places = [[c for name in spans for c in range(*encoded.spans[name])] for encoded in batch]
+    flat = [row * width + column for row, columns in enumerate(places) for column in columns]
+    kept = _Kept(len(model.routers), torch.tensor(flat, device=model.device), logits=logits)
+    with torch.inference_mode(), model.tap.record(kept):
+        model.hf.base_model(input_ids=input_ids, attention_mask=attention, use_cache=False)
+    dtype = selected_dtype(model.fingerprint.experts)
+    chosen = torch.stack([x for x in kept.selected_L if x is not None], dim=1).cpu().numpy().astype(dtype)
+    if not logits:
+        return (None, chosen), places
+    stacked = torch.stack([x for x in kept.logits_L if x is not None], dim=1).float().cpu().numpy()
+    return (stacked, chosen), places

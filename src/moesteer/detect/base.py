@@ -1,0 +1,106 @@
+"""What every detection method gives back, and what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesteer.errors import NoEffectError, TraceLabelError
+from moesteer.mask import Intent, MaskInfo, SteeringMask
+from moesteer.trace import TraceReader, TraceRow
+
+
+@dataclass(frozen=True, eq=False)
+class Detection:
+    """A mask, the score of every expert it was made from [L, E] (method's own unit), and facts for the report."""
+
+    mask: SteeringMask
+    scores_LE: NDArray[np.float32]
+    facts: dict[str, Any]
+
+
+def additive_mask(
+    trace: TraceReader,
+    strength_LE: NDArray[np.float32],
+    sigma_L: NDArray[np.float32],
+    *,
+    method: str,
+    toward: str,
+    settings: dict[str, Any],
+) -> SteeringMask:
+    """A mask of strengths in sigma units, made from a trace. Raises NoEffectError when every strength is zero."""
+    info = MaskInfo(
+        fingerprint=trace.fingerprint, method=method, settings=settings, intent=Intent(toward=toward),
+        data_sha256=trace.manifest.plan_sha256,
+    )  # fmt: skip
+    mask = SteeringMask(info, strength_LE=strength_LE.astype(np.float32), sigma_L=sigma_L.astype(np.float32))
+    return _non_empty(mask)
+
+
+def forced_mask(
+    trace: TraceReader, force_LE: NDArray[np.int8], *, method: str, toward: str, settings: dict[str, Any]
+) -> SteeringMask:
+    """A mask of experts on (1) and off (-1), made from a trace. Raises NoEffectError when it has none."""
+    info = MaskInfo(
+        fingerprint=trace.fingerprint, method=method, settings=settings, intent=Intent(toward=toward),
+        data_sha256=trace.manifest.plan_sha256,
+    )  # fmt: skip
+    return _non_empty(SteeringMask(info, force_LE=force_LE.astype(np.int8)))
+
+
+def _non_empty(mask: SteeringMask) -> SteeringMask:
+    if mask.expert_count == 0:
+        raise NoEffectError(
+            f"{mask.info.method} found no expert that tells the two sides apart",
+            where=f"settings {mask.info.settings}",
+            expected="at least one expert with a difference",
+            do="check that the two sides of the data differ, give it more of it, or loosen the settings",
+        )
+    return mask
+
+
+def two_sides(rows: Iterable[TraceRow], *, toward: str, where: str) -> tuple[set[str], set[str]]:
+    """Ids of the sequences labelled `toward`, and of those with any other label.
+
+    Raises TraceLabelError unless both sides have some.
+    """
+    labels: dict[str | None, int] = {}
+    wanted, other = set(), set()
+    for row in rows:
+        labels[row.label] = labels.get(row.label, 0) + 1
+        if row.label is not None:
+            (wanted if row.label == toward else other).add(row.id)
+    if not wanted or not other:
+        raise TraceLabelError(
+            f"one side of the contrast is empty (labels found: {labels})",
+            where=where,
+            expected=f"sequences labelled {toward!r}, and sequences with another label",
+            do=f"label the conversations before capture, or set --toward to one of {sorted(map(str, labels))}",
+        )
+    return wanted, other
+
+
+def require_span(trace: TraceReader, name: str) -> None:
+    """Raise TraceLabelError unless the trace kept the span."""
+    if name not in trace.manifest.spans:
+        raise TraceLabelError(
+            f"the trace lacks the span {name!r} (it has {', '.join(trace.manifest.spans)})",
+            where=str(trace.folder),
+            expected=f"a capture with --span {name}",
+            do="capture the same conversations again with that span",
+        )
+
+
+def require_logits(trace: TraceReader) -> None:
+    """Raise TraceLabelError for a trace of selections only."""
+    if trace.manifest.level != "logits":
+        raise TraceLabelError(
+            "the trace holds selections only, and the method needs logits",
+            where=str(trace.folder),
+            expected="a capture with --level logits",
+            do="capture the same conversations again with that level",
+        )

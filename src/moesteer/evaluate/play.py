@@ -1,0 +1,112 @@
+"""Playing conversations: the model's own replies stay in the context, and a judge says what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from moesteer.conversations import Conversation, Message
+from moesteer.evaluate.judges import JudgeKind, Judging, Reply, Verdict
+
+
+class Generates(Protocol):
+    """The little of a backend that playing needs."""
+
+    def generate(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        max_new_tokens: int = 128,
+        rows: Sequence[int] | None = None,
+        title: str | None = None,
+    ) -> Sequence[Any]:
+        """Greedy replies (with `text` and `finished`), in order."""
+
+
+@dataclass(frozen=True)
+class Played:
+    """A conversation as it went: its messages end in the last user turn, `replies` holds every reply made."""
+
+    conversation: Conversation
+    messages: tuple[Message, ...]
+    replies: tuple[Reply, ...]
+
+    @property
+    def response(self) -> str:
+        """The last reply."""
+        return self.replies[-1].text
+
+    def as_row(self, suite: str, verdict: Verdict) -> dict[str, Any]:
+        """A line of responses/NAME.jsonl."""
+        c = self.conversation
+        return {
+            "id": c.id,
+            "suite": suite,
+            "group": c.group,
+            "tactic": c.tactic,
+            "split": c.split,
+            "messages": [{"role": m.role, "content": m.content} for m in self.messages],
+            "response": self.response,
+            "verdict": verdict,
+            "reference": c.reference,
+        }
+
+
+def play(
+    model: Generates,
+    conversations: Sequence[Conversation],
+    *,
+    turns: bool,
+    max_new_tokens: int,
+    rows: Sequence[int] | None = None,
+    title: str | None = None,
+) -> list[Played]:
+    """Play conversations to the end, greedily.
+
+    turns: every user turn is played and the scripted replies are left out for the model's own; else the
+    messages stay as they are and only the last reply is made. rows: which mask steers which (Model.generate).
+    """
+    scripts = [_script(conversation, turns=turns) for conversation in conversations]
+    said: list[list[Message]] = [[] for _ in scripts]
+    replies: list[list[Reply]] = [[] for _ in scripts]
+    for turn in range(max((len(script) for script in scripts), default=0)):
+        active = [i for i, script in enumerate(scripts) if turn < len(script)]
+        for i in active:
+            said[i] += scripts[i][turn]
+        made = model.generate(
+            [said[i] for i in active],
+            max_new_tokens=max_new_tokens,
+            rows=None if rows is None else [rows[i] for i in active],
+            title=f"{title}, turn {turn + 1}" if title else None,
+        )
+        for i, generation in zip(active, made, strict=True):
+            replies[i].append(Reply(generation.text, generation.finished))
+            if turn + 1 < len(scripts[i]):
+                said[i].append(Message("assistant", generation.text))
+    return [
+        Played(conversation, tuple(messages), tuple(made))
+        for conversation, messages, made in zip(conversations, said, replies, strict=True)
+    ]
+
+
+def _script(conversation: Conversation, *, turns: bool) -> list[list[Message]]:
+    """Messages to add before each reply. A trailing assistant message is a response, not part of the script."""
+    messages = list(conversation.messages)
+    while messages and messages[-1].role == "assistant":
+        messages.pop()
+    if not turns:
+        return [messages]
+    script: list[list[Message]] = [[]]
+    for message in messages:
+        if message.role == "assistant":
+            continue
+        script[-1].append(message)
+        if message.role == "user":
+            script.append([])
+    return script[:-1]
+
+
+def judged(played: Sequence[Played], judging: Judging, kind: JudgeKind) -> list[Verdict]:
+    """One verdict per played conversation."""
+    return [judging.judge(kind, p.conversation, p.replies) for p in played]

@@ -1,0 +1,201 @@
+"""The only code that opens a file for writing: atomic, fsynced, inside stated limits.
+
+A file appears under its name whole or not at all: it is written beside its place under a temporary name,
+flushed to the disk and renamed. A journal (one JSON object a line) is the one file that grows; a torn
+last line is ignored when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from moesteer.errors import FileError, LimitError
+
+MIB = 1024 * 1024
+LIMITS_BYTES = {
+    "mask": 16 * MIB,
+    "mask-header": 1 * MIB,
+    "conversations": 1024 * MIB,
+    "conversation-line": 16 * MIB,
+    "scenario": 1 * MIB,
+    "json": 64 * MIB,
+    "shard": 2048 * MIB,
+    "journal": 1024 * MIB,
+}
+"""The largest file of each kind that is read, in bytes."""
+
+TEMPORARY_SUFFIX = ".moesteer-tmp"
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole: temporary name, fsync, rename, fsync of the folder. Raises FileError."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            with os.fdopen(descriptor, "wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise FileError(
+            f"could not write the file: {error.strerror or error}",
+            where=str(path),
+            expected="a folder that can be written to, with room on the disk",
+            do="choose another --out, or free some space, and run the same command again",
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def dumps(value: Any, *, indent: int | None = 2) -> str:
+    """JSON with sorted keys, no NaN and a final newline: the same value gives the same text."""
+    return json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_bytes` of `dumps`. Raises ValueError on NaN: numbers that are not numbers are our bug."""
+    write_text(path, dumps(value))
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """A whole file of one JSON object a line."""
+    write_text(path, "".join(dumps(row, indent=None) for row in rows))
+
+
+def read_bytes(path: Path, *, kind: str) -> bytes:
+    """The bytes of a regular file no larger than the limit of its kind (LIMITS_BYTES).
+
+    Read once into memory, so that what is checked is what is used. Raises FileError, LimitError.
+    """
+    path = Path(path)
+    limit = LIMITS_BYTES[kind]
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as handle:
+            mode = os.fstat(handle.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise FileError(
+                    "not a regular file",
+                    where=str(path),
+                    expected=f"a {kind} file",
+                    do="give the path of the file itself, not of a folder, pipe or device",
+                )
+            data = handle.read(limit + 1)
+    except OSError as error:
+        raise FileError(
+            f"could not read the file: {error.strerror or error}",
+            where=str(path),
+            expected=f"a {kind} file that can be read",
+            do="check the path and its permissions",
+        ) from error
+    if len(data) > limit:
+        raise LimitError(
+            f"the file is larger than {limit:,} bytes",
+            where=str(path),
+            expected=f"a {kind} file of at most {limit:,} bytes",
+            do="split it, or check that it is the file you meant",
+        )
+    return data
+
+
+def read_json(path: Path, *, kind: str = "json") -> Any:
+    """A JSON file. NaN, repeated keys and bad UTF-8 are errors (FileError)."""
+    try:
+        return parse_json(read_bytes(path, kind=kind))
+    except (ValueError, RecursionError) as error:
+        raise FileError(
+            f"not valid JSON: {error}", where=str(path), expected="one JSON value in UTF-8", do="write the file again"
+        ) from error
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Strict JSON: no NaN or Infinity, no repeated keys. Raises ValueError, RecursionError."""
+    return json.loads(data, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeats)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return found
+
+
+class Journal:
+    """An append-only file of JSON lines, flushed to the disk per batch; survives a kill at any byte."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    def read(self) -> Iterator[Any]:
+        """Every whole line; a torn last line is ignored."""
+        if not self.path.exists():
+            return
+        for line in read_bytes(self.path, kind="journal").split(b"\n")[:-1]:
+            if line:
+                yield parse_json(line)
+
+    def append(self, rows: Iterable[Any]) -> None:
+        """Add rows and fsync once. A torn tail of an earlier kill is cut off first."""
+        data = "".join(dumps(row, indent=None) for row in rows).encode("utf-8")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a+b") as handle:
+                end = handle.seek(0, os.SEEK_END)
+                handle.seek(max(0, end - 1))
+                if end and handle.read(1) != b"\n":
+                    handle.seek(0)
+                    handle.truncate(handle.read().rfind(b"\n") + 1)
+                handle.seek(0, os.SEEK_END)
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+        except OSError as error:
+            raise FileError(
+                f"could not write the journal: {error.strerror or error}",
+                where=str(self.path),
+                expected="a folder that can be written to, with room on the disk",
+                do="free some space and run the same command again: it goes on where it stopped",
+            ) from error
+
+
+def remove_temporaries(folder: Path) -> int:
+    """Delete what a killed writer left in `folder` (and below); how many files that was."""
+    leftovers = list(Path(folder).rglob(f".*{TEMPORARY_SUFFIX}"))
+    for leftover in leftovers:
+        leftover.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def sha256(data: bytes) -> str:
+    """Lower-case hex digest."""
+    return hashlib.sha256(data).hexdigest()

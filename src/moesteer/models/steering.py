@@ -1,0 +1,189 @@
+"""Steering in torch: what a mask does to a router's logits, for one mask or one mask per row of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moesteer.errors import InputError
+from moesteer.mask import SteeringMask
+from moesteer.models.routers import Router
+from moesteer.routing import FORCE_EPS
+
+
+@dataclass
+class Receipt:
+    """What steering did. Positions count padding; a position passes every router once.
+
+    changed of checked: selections (one router, one position) that steering changed, on each router's first call.
+    """
+
+    routers: int
+    masks: tuple[str, ...]
+    alphas: tuple[float, ...]
+    positions: int = 0
+    checked: int = 0
+    changed: int = 0
+
+    def __str__(self) -> str:
+        share = f"{100 * self.changed / self.checked:.1f} %" if self.checked else "none"
+        return (
+            f"{self.routers} routers steered over {self.positions} positions; "
+            f"{self.changed} of {self.checked} checked selections changed ({share})"
+        )
+
+
+class MaskTables:
+    """Steering tables, one row per mask, and the arithmetic on them. Row 0 is no steering, row m is mask m - 1.
+
+    bias_LME: [L, M+1, E] in logits; force_LME: the same shape, 1 on, -1 off, 0 free. With one mask every batch
+    row is steered by it, unless `set_rows` says otherwise; with several, rows must be set before each forward
+    pass whose batch they describe. The arithmetic is that of routing.steer_logits, in float32.
+    """
+
+    def __init__(self, bias_LME: Tensor, force_LME: Tensor, *, receipt: Receipt) -> None:
+        self._tables = [bias_ME if bool(bias_ME.any()) else None for bias_ME in bias_LME]
+        self._forces = [force_ME if bool(force_ME.any()) else None for force_ME in force_LME]
+        self._device = bias_LME.device
+        self._seen: set[int] = set()
+        self.receipt = receipt
+        self._bias: list[Tensor | None] = []
+        self._on_off: list[tuple[Tensor, Tensor] | None] = []
+        self.set_rows([1] if bias_LME.shape[1] == 2 else None)
+
+    @classmethod
+    def of_masks(
+        cls, masks: Sequence[SteeringMask], alphas: Sequence[float | None], *, device: torch.device
+    ) -> MaskTables:
+        """The tables of masks at their strengths. A force has no size: alpha 0 switches it off, any other not."""
+        scales = [mask.info.alpha if alpha is None else float(alpha) for mask, alpha in zip(masks, alphas, strict=True)]
+        empty = np.zeros(masks[0].values_LE.shape)
+        bias = [empty, *(mask.bias_LE(alpha) for mask, alpha in zip(masks, scales, strict=True))]
+        force = [empty]
+        for mask, alpha in zip(masks, scales, strict=True):
+            force.append(empty if mask.force_LE is None or alpha == 0 else mask.force_LE)
+        receipt = Receipt(len(empty), tuple(mask.sha256[:12] for mask in masks), tuple(scales))
+        return cls(
+            torch.tensor(np.stack(bias, axis=1), dtype=torch.float32, device=device),
+            torch.tensor(np.stack(force, axis=1), dtype=torch.int8, device=device),
+            receipt=receipt,
+        )
+
+    @classmethod
+    def one_layer(
+        cls,
+        routers: Sequence[Router],
+        target: Router,
+        *,
+        bias_E: NDArray[np.float32] | None,
+        force_E: NDArray[np.int8] | None,
+        device: torch.device,
+    ) -> MaskTables:
+        """Tables that steer one router only: what the self-check uses."""
+        bias = torch.zeros((len(routers), 2, target.experts), device=device)
+        force = torch.zeros((len(routers), 2, target.experts), dtype=torch.int8, device=device)
+        if bias_E is not None:
+            bias[target.index, 1] = torch.from_numpy(bias_E)
+        if force_E is not None:
+            force[target.index, 1] = torch.from_numpy(force_E)
+        return cls(bias, force, receipt=Receipt(len(routers), ("check",), (1.0,)))
+
+    def set_rows(self, rows: Sequence[int] | None) -> None:
+        """Which table row steers each batch row of the coming passes: 0 none, m the m-th mask.
+
+        Fewer rows than the batch has are spread evenly (beams, several returns), so [1] steers all of it.
+        """
+        self._bias, self._on_off = [], []
+        if rows is None:
+            return
+        index = torch.tensor(list(rows), device=self._device)
+        for table, force in zip(self._tables, self._forces, strict=True):
+            self._bias.append(None if table is None else table.index_select(0, index))
+            picked = None if force is None else force.index_select(0, index)
+            self._on_off.append(None if picked is None else (picked > 0, picked < 0))
+
+    def _spread(self, table_RE: Tensor, positions: int) -> Tensor:
+        """[R, E] -> something that broadcasts over [positions, E], positions being row-major in the batch."""
+        rows = table_RE.shape[0]
+        if rows == 1:
+            return table_RE
+        if positions % rows:
+            raise InputError(
+                f"a batch of {positions} positions cannot hold {rows} rows",
+                where="steering with one mask per row",
+                expected="every row of the batch of the same padded length",
+                do="set the rows of this batch, and run it with generation that keeps rows apart",
+            )
+        return table_RE.repeat_interleave(positions // rows, dim=0)
+
+    def logits(self, router: Router, logits_NE: Tensor) -> Tensor:
+        """Steered logits, same shape and dtype (see routing.steer_logits)."""
+        if not self._bias:
+            raise InputError(
+                "several masks are applied, and nothing says which row of the batch takes which",
+                where="steering with one mask per row",
+                expected="rows given with the batch",
+                do="call model.generate(..., rows=[...]), or apply one mask at a time",
+            )
+        positions = logits_NE.shape[0]
+        if router.index == 0:
+            self.receipt.positions += positions
+        bias, on_off = self._bias[router.index], self._on_off[router.index]
+        if bias is None and on_off is None:
+            return logits_NE
+        steered = logits_NE.float()
+        if bias is not None:
+            steered = steered + self._spread(bias, positions)
+        if on_off is not None:
+            on, off = (self._spread(table, positions).expand_as(steered) for table in on_off)
+            highest, lowest = steered.amax(-1, keepdim=True), steered.amin(-1, keepdim=True)
+            order = torch.where(on, steered, torch.inf).argsort(dim=-1, stable=True).argsort(dim=-1).float()
+            raised = highest + FORCE_EPS * (1 + order / on.sum(-1, keepdim=True).clamp(min=1))
+            steered = torch.where(on, raised, torch.where(off, lowest - FORCE_EPS, steered))
+        return steered.to(logits_NE.dtype)
+
+    def ranks(self, router: Router, choice_NE: Tensor) -> Tensor | None:
+        """Forced-on above all, forced-off below all, in the router's final top-k."""
+        on_off = self._on_off[router.index]
+        if on_off is None:
+            return None
+        on, off = (self._spread(table, choice_NE.shape[0]).expand_as(choice_NE) for table in on_off)
+        return choice_NE.float().masked_fill(on, torch.inf).masked_fill(off, -torch.inf)
+
+    def wants_check(self, router: Router) -> bool:
+        """True on each router's first call."""
+        return router.index not in self._seen
+
+    def checked(self, router: Router, before_NK: Tensor, after_NK: Tensor) -> None:
+        """Count the selections that steering changed."""
+        self._seen.add(router.index)
+        differs = (before_NK.sort(-1).values != after_NK.sort(-1).values).any(-1)
+        self.receipt.checked += differs.numel()
+        self.receipt.changed += int(differs.sum())
+
+
+class BiasSteering:
+    """A bias of the caller's own, [L, E] in logits, which may require gradient: steering being learnt."""
+
+    def __init__(self, bias_LE: Tensor) -> None:
+        self.bias_LE = bias_LE
+
+    def logits(self, router: Router, logits_NE: Tensor) -> Tensor:
+        """logits + bias of the router's layer."""
+        return (logits_NE.float() + self.bias_LE[router.index]).to(logits_NE.dtype)
+
+    def ranks(self, router: Router, choice_NE: Tensor) -> Tensor | None:
+        """The model selects."""
+        return None
+
+    def wants_check(self, router: Router) -> bool:
+        """Never: nothing is claimed of a bias that is still being learnt."""
+        return False
+
+    def checked(self, router: Router, before_NK: Tensor, after_NK: Tensor) -> None:
+        """Not called."""
