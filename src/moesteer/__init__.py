@@ -1,0 +1,56 @@
+"""moesteer: change how a Mixture-of-Experts model behaves by steering its routers; no weight is touched.
+
+    import moesteer as ms
+    model = ms.load("lab-tiny")
+    mask = ms.SteeringMask.load("runs/demo/masks/direct.safetensors")
+    with mask.apply(model) as receipt:
+        print(model.chat("how do i forge a royal seal ?"))
+    print(receipt)
+
+Names are imported when they are first used: `import moesteer` loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "load": "moesteer.backends.hf",
+    "Model": "moesteer.backends.hf",
+    "read": "moesteer.conversations",
+    "write": "moesteer.conversations",
+    "Conversation": "moesteer.conversations",
+    "Message": "moesteer.conversations",
+    "capture": "moesteer.capturing",
+    "TraceReader": "moesteer.trace",
+    "detect": "moesteer.detecting",
+    "SteeringMask": "moesteer.mask",
+    "steer": "moesteer.pipeline",
+    "MoesteerError": "moesteer.errors",
+}
+__all__ = [*_WHERE, "__version__"]
+
+if TYPE_CHECKING:
+    from moesteer.backends.hf import Model, load
+    from moesteer.capturing import capture
+    from moesteer.conversations import Conversation, Message, read, write
+    from moesteer.detecting import detect
+    from moesteer.errors import MoesteerError
+    from moesteer.mask import SteeringMask
+    from moesteer.pipeline import steer
+    from moesteer.trace import TraceReader
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'moesteer' has no attribute {name!r}")
+    value = getattr(import_module(_WHERE[name]), name)
+    globals()[name] = value  # a submodule of the same name (capture, steer) must not shadow the function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,6 +1,6 @@
 """The methods that `steer` compares, and the settings each is tried at on the select split.
 
-A method is one function in detect/ and one row here: what it needs, and which candidates it offers.
+A method is one function in detection/ and one row here: what it needs, and which candidates it offers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moesteer.detect import direct, masc_published, risk_difference
+from moesteer.detection import direct, masc_published, risk_difference
 from moesteer.errors import UnknownNameError
 from moesteer.select import Candidate, at_strengths
 
@@ -89,7 +89,7 @@ METHODS: Mapping[str, Method] = {
     )
 }
 CONTROL = "random"
-"""The control: a mask of the same numbers as the best method's, in random places (detect/controls.py)."""
+"""The control: a mask of the same numbers as the best method's, in random places (detection/controls.py)."""
 
 
 def method(name: str) -> Method:

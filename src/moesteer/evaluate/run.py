@@ -20,15 +20,15 @@ CHUNK = 256
 
 
 def evaluate_split(
-    model: Generates, scenario: Scenario, data: Splits, split: Split, *, journal: Path, title: str
+    model: Generates, scenario: Scenario, data: Splits, split: Split, *, journal: Path | None, title: str
 ) -> list[dict[str, Any]]:
     """Play every suite's split on the model as it is now (steered or not); the rows of responses/NAME.jsonl.
 
     Rows already in the journal are not played again: a killed evaluation goes on at its first missing chunk.
-    Raises FileError where the journal holds rows of other conversations.
+    journal None: nothing is kept.
     """
-    record = files.Journal(journal)
-    done = {row["id"]: row for row in record.read()}
+    record = files.Journal(journal) if journal is not None else None
+    done = {row["id"]: row for row in record.read()} if record is not None else {}
     rows: list[dict[str, Any]] = []
     judging = scenario.judging_of()
     total = sum(len(data[suite.name][split]) for suite in scenario.suites)
@@ -41,7 +41,8 @@ def evaluate_split(
                     made = play(model, chunk, turns=suite.play == "turns", max_new_tokens=scenario.max_new_tokens)
                     verdicts = judged(made, judging, suite.judge)
                     new = [p.as_row(suite.name, v) for p, v in zip(made, verdicts, strict=True)]
-                    record.append(row for row in new if row["id"] not in done)
+                    if record is not None:
+                        record.append(row for row in new if row["id"] not in done)
                     done |= {row["id"]: row for row in new}
                 rows += [done[c.id] for c in chunk]
                 progress.advance(len(chunk), note=suite.name)

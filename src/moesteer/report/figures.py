@@ -307,7 +307,7 @@ def by_tactic(results: Results, *, name: str, width_px: int) -> Figure | None:
         _tactic_trace("none", [before.get(tactic) for tactic in tactics], -0.14, "@ink"),
         _tactic_trace(name, [after.get(tactic) for tactic in tactics], 0.14, colour(name, names)),
     ]
-    axis = _axis(f"{label(metric_name(target))} (test split)", [-0.03, 1.03], sparse=width_px < NARROW_PX)
+    axis = _axis(f"{label(metric_name(target))} (test split)", [-0.03, 1.03])
     layout = _layout(
         120 + 46 * len(tactics),
         xaxis=axis,

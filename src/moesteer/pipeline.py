@@ -21,9 +21,9 @@ from moesteer import contrasts, files, runs
 from moesteer import scenario as scenarios
 from moesteer.backends.hf import Encoded, Model
 from moesteer.backends.hf import load as load_model
-from moesteer.capture import capture
+from moesteer.capturing import capture
 from moesteer.conversations import Conversation
-from moesteer.detect.controls import random_like
+from moesteer.detection.controls import random_like
 from moesteer.evaluate import run as evaluation
 from moesteer.mask import SteeringMask
 from moesteer.methods import CONTROL, METHODS, Material, method

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moesteer.detect.base import Detection, additive_mask, forced_mask, require_logits, require_span, two_sides
+from moesteer.detection.base import Detection, additive_mask, forced_mask, require_logits, require_span, two_sides
 from moesteer.errors import InputError
 from moesteer.trace import TraceReader
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moesteer.detect.base import Detection
+from moesteer.detection.base import Detection
 from moesteer.errors import EmptyDataError, NanLogitsError, NoEffectError
 from moesteer.fingerprint import Fingerprint
 from moesteer.mask import Intent, MaskInfo, SteeringMask

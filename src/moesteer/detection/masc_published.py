@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from moesteer.detect import surrogate
-from moesteer.detect.base import Detection, additive_mask, require_logits, require_span, two_sides
+from moesteer.detection import surrogate
+from moesteer.detection.base import Detection, additive_mask, require_logits, require_span, two_sides
 from moesteer.trace import TraceReader
 
 ZERO_BELOW = 0.1

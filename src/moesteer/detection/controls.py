@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from moesteer.detect.base import Detection
+from moesteer.detection.base import Detection
 from moesteer.mask import SteeringMask
 
 
-def random_like(mask: SteeringMask, *, seed: int) -> Detection:
+def random_like(mask: SteeringMask, *, seed: int = 0) -> Detection:
     """A mask with the same numbers in other places: equal norm, sparsity, alpha and signs, experts at random.
 
     Additive strengths are shuffled over all layers and experts. A forced mask is shuffled within each layer,

@@ -1,0 +1,49 @@
+"""`moesteer capture`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moesteer.cli import show
+from moesteer.cli.options import Device, Dtype, Json, Limit, ModelArgument
+
+
+def capture(
+    model: ModelArgument,
+    data: Annotated[Path, typer.Argument(help="Conversations: JSONL, JSON, CSV or Parquet.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder of the trace.")],
+    span: Annotated[
+        list[str] | None,
+        typer.Option(help="final_user, prompt or response; repeat for more. Default: final_user.", show_default=False),
+    ] = None,
+    level: Annotated[str, typer.Option(help="logits (and selections), or selected: expert ids only.")] = "logits",
+    limit: Limit = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Keep what the routers do on your conversations, in a trace on disk. Killed, it goes on where it was.
+
+    The span `response` is each conversation's `reference`, put to the model word by word.
+    """
+    from moesteer import conversations, files
+    from moesteer.backends.hf import load
+    from moesteer.capturing import capture as to_trace
+
+    show.quiet_transformers()
+    rows = conversations.read(data, limit=limit)
+    trace = to_trace(
+        load(model, dtype=dtype, device=device), rows, out=out, spans=tuple(span or ["final_user"]), level=level  # type: ignore[arg-type]
+    )  # fmt: skip
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    facts = {
+        "trace": str(out), "sequences": len(trace.rows), "tokens": trace.manifest.tokens,
+        "shards": trace.manifest.shards, "bytes": size, "sha256": files.sha256("".join(trace.manifest.shard_sha256).encode()),
+    }  # fmt: skip
+    if json:
+        show.print_json(facts)
+    else:
+        typer.echo(f"{facts['sequences']} sequences, {facts['tokens']} tokens, {size / 1e6:.1f} MB in {out}")

@@ -1,0 +1,29 @@
+"""`moesteer demo`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moesteer.cli.options import Fresh, Json, Seed
+from moesteer.cli.steer import run_and_show
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/demo"),
+    seed: Seed = 0,
+    fresh: Fresh = False,
+    json: Json = False,
+) -> None:
+    """The whole way on the model that ships with moesteer: under two minutes on two cores, no network.
+
+    lab tiny refuses harmful requests made directly, and lets many through at the end of a longer conversation.
+    The demo finds the experts, steers them, and says what changed on conversations that nothing was fitted on.
+    """
+    from moesteer.methods import METHODS
+
+    run_and_show(
+        "lab-tiny", scenario="jailbreak-defense", out=out, methods=list(METHODS), seed=seed, fresh=fresh, json=json
+    )

@@ -1,0 +1,69 @@
+"""`moesteer evaluate`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from moesteer.cli import show
+from moesteer.cli.options import Alpha, Device, Dtype, Json, Limit, MaskFile, ModelArgument, OtherCheckpoint, Seed
+from moesteer.errors import UnknownNameError
+
+
+def evaluate(
+    model: ModelArgument,
+    scenario: Annotated[str, typer.Option(help="A built-in scenario or a .toml file.")] = "jailbreak-defense",
+    suite: Annotated[
+        list[str] | None, typer.Option(help="A suite of the scenario; repeat. Default: all.", show_default=False)
+    ] = None,
+    mask: MaskFile = None,
+    alpha: Alpha = None,
+    split: Annotated[str, typer.Option(help="fit, select or test.")] = "test",
+    out: Annotated[
+        Path | None, typer.Option(help="Keep responses and results.json in this folder.", show_default=False)
+    ] = None,
+    seed: Seed = 0,
+    limit: Limit = None,
+    allow_other_checkpoint: OtherCheckpoint = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Play a scenario's suites, unsteered and with a mask, and compare them pair by pair."""
+    from moesteer import scenario as scenarios
+    from moesteer.backends.hf import load
+    from moesteer.evaluate.suite import chosen_suites
+    from moesteer.evaluate.suite import evaluate as run
+    from moesteer.mask import SteeringMask
+
+    if split not in ("fit", "select", "test"):
+        raise UnknownNameError(f"no split {split!r}", where="--split", expected="fit, select, test", do="name one of these")
+    show.quiet_transformers()
+    whole = scenarios.load(scenario)
+    part = chosen_suites(whole, suite or [])
+    steering = SteeringMask.load(mask) if mask else None
+    loaded = load(model, dtype=dtype, device=device)
+    contexts = {}
+    if steering is not None:
+        contexts["steered"] = steering.apply(loaded, alpha=alpha, allow_other_checkpoint=allow_other_checkpoint)
+    found = run(
+        loaded, part, scenarios.splits(whole, seed=seed, limit=limit), split, steered=contexts, out=out, seed=seed
+    )
+    if json:
+        show.print_json(found)
+        return
+    table = Table(title=f"{whole.title}: {split} split, per cent with 95 % intervals")
+    for column in ("metric", "n", "unsteered", *(["steered", "difference", "p"] if contexts else [])):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, rate in found["methods"]["none"]["metrics"].items():
+        cells = [name.replace("_", " "), str(rate["n"]), show.percent(rate)]
+        if contexts:
+            after = found["methods"]["steered"]
+            gap = after["vs_none"][name]
+            moved = "-" if gap["difference"] is None else f"{100 * gap['difference']:+.1f} points"
+            cells += [show.percent(after["metrics"][name]), moved, "-" if gap["p"] is None else f"{gap['p']:.2g}"]
+        table.add_row(*cells)
+    show.print_table(table)

@@ -1,0 +1,62 @@
+"""`moesteer generate`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moesteer.cli import show
+from moesteer.cli.options import Alpha, Device, Dtype, Json, MaskFile, ModelArgument, OtherCheckpoint
+from moesteer.errors import InputError
+
+
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A user message; repeat for more conversations.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Conversations to answer instead: JSONL, JSON, CSV, Parquet.", show_default=False)
+    ] = None,
+    mask: MaskFile = None,
+    alpha: Alpha = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 128,
+    allow_other_checkpoint: OtherCheckpoint = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Answer prompts greedily, steered by a mask or not; with a mask, both answers are shown."""
+    from moesteer import conversations
+    from moesteer.backends.hf import load
+    from moesteer.conversations import Message
+    from moesteer.mask import SteeringMask
+    from moesteer.side_by_side import answer
+
+    if (prompt is None) == (data is None):
+        raise InputError(
+            "generate takes --prompt or --data",
+            where="the command line",
+            expected="one of the two",
+            do='for example: moesteer generate lab-tiny --prompt "how do i paint a clay pot ?"',
+        )
+    steering = SteeringMask.load(mask) if mask else None
+    show.quiet_transformers()
+    asked = [list(c.messages) for c in conversations.read(data)] if data else [[Message("user", p)] for p in prompt or []]
+    found = answer(
+        load(model, dtype=dtype, device=device), asked, mask=steering, alpha=alpha, max_new_tokens=max_new_tokens,
+        allow_other_checkpoint=allow_other_checkpoint,
+    )  # fmt: skip
+    if json:
+        show.print_json(found.as_json())
+        return
+    for row in found.rows:
+        typer.echo(f"user:      {row['prompt']}")
+        typer.echo(f"unsteered: {row['unsteered']}" if steering else f"model:     {row['unsteered']}")
+        if steering:
+            typer.echo(f"steered:   {row['steered']}")
+        typer.echo("")
+    if found.receipt is not None:
+        typer.echo(str(found.receipt), err=True)

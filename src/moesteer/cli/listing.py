@@ -1,0 +1,40 @@
+"""`moesteer methods` and `moesteer suites`"""
+
+from __future__ import annotations
+
+import typer
+
+from moesteer.cli import show
+from moesteer.cli.options import Json
+
+
+def methods(json: Json = False) -> None:
+    """The detection methods and their settings (for `moesteer detect --set NAME=VALUE`)."""
+    from moesteer.detecting import NAMES, settings_of
+
+    found = {name: settings_of(name) for name in NAMES}
+    if json:
+        show.print_json(found)
+        return
+    for name, settings in found.items():
+        typer.echo(f"{name}: " + ", ".join(f"{key}={value}" for key, value in settings.items()))
+
+
+def suites(json: Json = False) -> None:
+    """The built-in scenarios, their suites, and what each is judged by."""
+    from moesteer import scenario as scenarios
+
+    found = {
+        name: [
+            {"suite": s.name, "role": s.role, "judge": s.judge, "metrics": list(s.metrics), "margin": s.margin, "data": s.data}
+            for s in scenarios.load(name).suites
+        ]
+        for name in scenarios.built_in()
+    }
+    if json:
+        show.print_json(found)
+        return
+    for name, rows in found.items():
+        typer.echo(f"{name}: {scenarios.load(name).title}")
+        for row in rows:
+            typer.echo(f"  {row['suite']:<16} {row['role']:<8} {', '.join(row['metrics'])}")

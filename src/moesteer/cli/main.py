@@ -1,0 +1,66 @@
+"""The command line: one short file per verb beside this one; here they are put together and errors are shown."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import typer
+
+from moesteer.cli import (
+    capture,
+    demo,
+    detect,
+    doctor,
+    evaluate,
+    generate,
+    lab,
+    listing,
+    mask,
+    models,
+    report,
+    steer,
+)
+from moesteer.errors import MoesteerError
+
+app = typer.Typer(
+    name="moesteer",
+    help="Steer the routers of Mixture-of-Experts language models. Begin with `moesteer demo`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.command("steer")(steer.steer)
+app.command("capture")(capture.capture)
+app.command("detect")(detect.detect)
+app.add_typer(mask.app, name="mask")
+app.command("generate")(generate.generate)
+app.command("evaluate")(evaluate.evaluate)
+app.command("report")(report.report)
+app.command("models")(models.models)
+app.command("methods")(listing.methods)
+app.command("suites")(listing.suites)
+app.add_typer(lab.app, name="lab")
+app.command("doctor")(doctor.doctor)
+
+
+def run() -> None:
+    """Entry point. Exit codes: 0 done, 1 failed, 2 bad usage or input, 3 a constraint or check not met, 130 stopped."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    try:
+        app()
+    except MoesteerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,67 @@
+"""`moesteer mask show|check`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from moesteer.cli import show
+from moesteer.cli.options import Device, Dtype, Json, OtherCheckpoint
+
+app = typer.Typer(help="Look at steering masks and check them.", no_args_is_help=True)
+File = Annotated[Path, typer.Argument(metavar="MASK", help="A mask file.", show_default=False)]
+
+
+@app.command("show")
+def show_(file: File, top: Annotated[int, typer.Option(min=1, help="How many experts to list.")] = 20, json: Json = False) -> None:
+    """What a mask is for, where it comes from, and its largest entries."""
+    from moesteer.masks_described import describe, largest
+
+    from moesteer.mask import SteeringMask
+
+    mask = SteeringMask.load(file)
+    facts, entries = describe(mask), largest(mask, count=top)
+    if json:
+        show.print_json({**facts, "entries": entries})
+        return
+    for name, value in facts.items():
+        typer.echo(f"{name:<12} {value}")
+    table = Table(title=f"largest {len(entries)} of {mask.expert_count} entries")
+    for column in ("layer", "expert", "force" if mask.forced else "strength (sigma)"):
+        table.add_column(column, justify="right")
+    for entry in entries:
+        table.add_row(str(entry["layer"]), str(entry["expert"]), f"{entry['value']:+.3g}")
+    show.print_table(table)
+
+
+@app.command("check")
+def check(
+    file: File,
+    model: Annotated[str | None, typer.Option(help="Also check that it fits this model, and steer it once.", show_default=False)] = None,
+    allow_other_checkpoint: OtherCheckpoint = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Check a mask's bytes, numbers and sha256; with --model, that it fits and changes selections there."""
+    from moesteer.masks_described import check_on, describe
+
+    from moesteer.mask import SteeringMask
+
+    mask = SteeringMask.load(file)
+    facts = describe(mask)
+    if model is not None:
+        from moesteer.backends.hf import load
+
+        show.quiet_transformers()
+        loaded = load(model, dtype=dtype, device=device)
+        facts["on_model"] = check_on(mask, loaded, allow_other_checkpoint=allow_other_checkpoint)
+    if json:
+        show.print_json(facts)
+    else:
+        typer.echo(f"whole and untouched: sha256 {facts['sha256']}")
+        if "on_model" in facts:
+            typer.echo(f"on {model}: {facts['on_model']}")

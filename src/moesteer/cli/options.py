@@ -1,0 +1,29 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a Hub id, or lab-tiny.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="At most so many conversations per suite and split (a quick look).")
+]
+Dtype = Annotated[
+    str, typer.Option(help="float32, bfloat16, float16, or auto: float32 on a CPU, the checkpoint's own elsewhere.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ..., or auto: a GPU if there is one.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in --out and start again.")]
+MaskFile = Annotated[Path | None, typer.Option("--mask", help="A steering mask.", show_default=False)]
+Alpha = Annotated[
+    float | None, typer.Option(help="Strength of the mask; 0 is no steering. Default: the mask's own.", show_default=False)
+]
+OtherCheckpoint = Annotated[
+    bool, typer.Option("--allow-other-checkpoint", help="Accept router weights other than the mask was made on.")
+]

@@ -1,0 +1,63 @@
+"""One or more suites of a scenario, without and with a mask: what `moesteer evaluate` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from moesteer import files
+from moesteer.errors import FileError, UnknownNameError
+from moesteer.evaluate import run as evaluation
+from moesteer.evaluate.play import Generates
+from moesteer.scenario import Scenario, Split
+
+
+def chosen_suites(scenario: Scenario, names: Sequence[str]) -> Scenario:
+    """The scenario with only the named suites (all for none). Raises UnknownNameError."""
+    known = [suite.name for suite in scenario.suites]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UnknownNameError(
+            f"no suite {', '.join(unknown)}", where=f"scenario {scenario.name}", expected=", ".join(known), do="name one of these"
+        )
+    kept = tuple(suite for suite in scenario.suites if not names or suite.name in names)
+    return scenario.model_copy(update={"suites": kept})
+
+
+def evaluate(
+    model: Generates,
+    scenario: Scenario,
+    data: evaluation.Splits,
+    split: Split,
+    *,
+    steered: Mapping[str, AbstractContextManager[Any]],
+    out: Path | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Play the split unsteered, then inside each context of `steered`; metrics and paired differences by name.
+
+    out: folder for responses and results.json (None: nothing is kept). An earlier evaluation there is refused.
+    """
+    if out is not None and (out / "results.json").exists():
+        raise FileError(
+            "an evaluation is there already", where=str(out), expected="a new folder", do="choose another --out"
+        )
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, context in {"none": nullcontext(), **steered}.items():
+        with context:
+            rows[name] = evaluation.evaluate_split(
+                model, scenario, data, split, journal=out / "responses" / f"{name}.jsonl" if out else None, title=name
+            )
+    results = {
+        name: {
+            "metrics": evaluation.metrics(scenario, found),
+            "vs_none": {} if name == "none" else evaluation.against_none(scenario, rows["none"], found, seed=seed),
+        }
+        for name, found in rows.items()
+    }
+    whole = {"schema": 1, "scenario": scenario.name, "split": split, "seed": seed, "methods": results}
+    if out is not None:
+        files.write_json(out / "results.json", whole)
+    return whole

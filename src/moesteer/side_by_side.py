@@ -1,0 +1,55 @@
+"""Answers without and with a mask, side by side: what `moesteer generate` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moesteer.backends.hf import Model
+from moesteer.conversations import Message
+from moesteer.errors import NoEffectError
+from moesteer.mask import SteeringMask
+from moesteer.models.steering import Receipt
+
+
+@dataclass(frozen=True)
+class Answers:
+    """rows: prompt, unsteered, and steered where a mask was given. receipt: what steering did."""
+
+    rows: list[dict[str, Any]]
+    receipt: Receipt | None
+
+    def as_json(self) -> dict[str, Any]:
+        """For --json."""
+        return {"answers": self.rows, "receipt": asdict(self.receipt) if self.receipt else None}
+
+
+def answer(
+    model: Model,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    mask: SteeringMask | None = None,
+    alpha: float | None = None,
+    max_new_tokens: int = 128,
+    allow_other_checkpoint: bool = False,
+) -> Answers:
+    """Greedy answers to every conversation. Raises NoEffectError when a mask (alpha not 0) changed no selection."""
+    plain = model.generate(conversations, max_new_tokens=max_new_tokens, title="unsteered")
+    rows: list[dict[str, Any]] = [
+        {"prompt": messages[-1].content, "unsteered": made.text} for messages, made in zip(conversations, plain, strict=True)
+    ]
+    if mask is None:
+        return Answers(rows, None)
+    with mask.apply(model, alpha=alpha, allow_other_checkpoint=allow_other_checkpoint) as receipt:
+        steered = model.generate(conversations, max_new_tokens=max_new_tokens, title="steered")
+    if receipt.changed == 0 and alpha != 0:
+        raise NoEffectError(
+            f"the mask changed none of {receipt.checked} selections at alpha {receipt.alphas[0]:g}",
+            where=f"{len(rows)} conversations on {model.name}",
+            expected="some selections to change",
+            do="raise --alpha, or check the mask with `moesteer mask check --model`",
+        )
+    for row, made in zip(rows, steered, strict=True):
+        row["steered"] = made.text
+    return Answers(rows, receipt)
