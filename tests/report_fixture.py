@@ -143,7 +143,8 @@ def results() -> dict[str, Any]:
         "scenario": {"name": "jailbreak-defense", "title": "Jailbreak defence: refuse in long conversations too",
                      "description": "Multi-turn attacks should be refused as direct requests are; ordinary tasks stay.",
                      "toward": "refuse", "target_metric": "defense_success_rate",
-                     "protect": [{"metric": "benign_accuracy", "margin": 0.01},
+                     "protect": [{"metric": "benign_accuracy", "margin": 0.01, "suite": "benign-multi"},
+                                 {"metric": "benign_accuracy", "margin": 0.03, "suite": "benign-single"},
                                  {"metric": "arithmetic_accuracy", "margin": 0.02}]},
         "seed": 0,
         "versions": {"moesteer": "0.1.0", "torch": "2.10.0", "transformers": "5.3.0"},
@@ -168,8 +169,8 @@ def mask_bytes(*, kind: str = "strength", experts: int = 23, method: str = "dire
     values[chosen] = rng.normal(0, 1.0, size=experts).astype(np.float32)
     about = {
         "method": method,
-        "layer_ids": list(range(LAYERS)),
-        "intent": "refuse multi-turn attacks (jailbreak-defense)" if intent is None else intent,
+        "fingerprint": {"layer_ids": list(range(LAYERS)), "experts": EXPERTS, "model_type": "qwen3_moe"},
+        "intent": {"scenario": "jailbreak-defense", "toward": "refuse"} if intent is None else intent,
     }
     if kind == "force":
         tensors = {"force": np.sign(values).astype(np.int8).reshape(LAYERS, EXPERTS)}

@@ -31,7 +31,20 @@ _WHERE = {
     "steer": "moesteer.pipeline",
     "MoesteerError": "moesteer.errors",
 }
-__all__ = [*_WHERE, "__version__"]
+__all__ = [
+    "Conversation",
+    "Message",
+    "Model",
+    "MoesteerError",
+    "SteeringMask",
+    "TraceReader",
+    "capture",
+    "detect",
+    "load",
+    "read",
+    "steer",
+    "write",
+]
 
 if TYPE_CHECKING:
     from moesteer.backends.hf import Model, load

@@ -106,7 +106,12 @@ def capture(
 
 
 def _plan(
-    model: Model, conversations: Sequence[Conversation], spans: Sequence[str], *, batch_positions: int, shard_tokens: int
+    model: Model,
+    conversations: Sequence[Conversation],
+    spans: Sequence[str],
+    *,
+    batch_positions: int,
+    shard_tokens: int,
 ) -> _Plan:
     encoded = []
     for conversation in conversations:

@@ -115,7 +115,7 @@ def _wanted_pool(scenario: Scenario, good: Sequence[Mapping[str, Any]]) -> list[
 
 def _wanted(scenario: Scenario, row: Mapping[str, Any], pool: Sequence[str], rng: random.Random) -> str | None:
     if scenario.contrast.wanted == "reference":
-        return row["reference"]
+        return str(row["reference"]) if row["reference"] else None
     return rng.choice(pool)
 
 

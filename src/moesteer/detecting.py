@@ -50,7 +50,9 @@ def detect(
         _check_settings(random_like, given, method)
         return random_like(like, **{"seed": 0, **given}).mask
     if method not in NAMES:
-        raise UnknownNameError(f"no method {method!r}", where="detect", expected=", ".join(NAMES), do="name one of these")
+        raise UnknownNameError(
+            f"no method {method!r}", where="detect", expected=", ".join(NAMES), do="name one of these"
+        )
     if toward is None:
         raise _needs(method, "the label of the wanted behaviour", "give toward=LABEL (--toward)")
     reader = trace if isinstance(trace, TraceReader) else TraceReader(trace)
@@ -86,7 +88,8 @@ _GIVEN = {"trace", "model", "targets", "keeps", "sigma_L", "toward", "data_sha25
 
 def settings_of(method: str) -> dict[str, Any]:
     """A method's settings with their defaults."""
-    function = {**TRACE_METHODS, "direct": direct.detect, "random": random_like}[method]
+    functions: dict[str, Callable[..., Detection]] = {**TRACE_METHODS, "direct": direct.detect, "random": random_like}
+    function = functions[method]
     return {
         name: None if parameter.default is inspect.Parameter.empty else parameter.default
         for name, parameter in inspect.signature(function).parameters.items()

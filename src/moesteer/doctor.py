@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from moesteer import files, runs
+from moesteer import files
 from moesteer.errors import MoesteerError
 from moesteer.mask import SteeringMask
 from moesteer.trace import TraceReader
@@ -74,7 +74,10 @@ def _run(folder: Path) -> list[Finding]:
         found.append(Finding("run.json", True, f"status {status}{note}"))
     except MoesteerError as error:
         found.append(Finding("run.json", False, error.what))
-    found += [_trace(path.parent, str(path.parent.relative_to(folder))) for path in sorted(folder.glob("trace/*/manifest.json"))]
+    found += [
+        _trace(path.parent, str(path.parent.relative_to(folder)))
+        for path in sorted(folder.glob("trace/*/manifest.json"))
+    ]
     found += [_mask(path, str(path.relative_to(folder))) for path in sorted(folder.glob("masks/**/*.safetensors"))]
     for path in sorted(folder.glob("responses/*.jsonl")):
         try:
@@ -90,7 +93,9 @@ def _run(folder: Path) -> list[Finding]:
             found.append(Finding("results.json", False, error.what))
     leftovers = list(folder.rglob(f".*{files.TEMPORARY_SUFFIX}"))
     if leftovers:
-        found.append(Finding("temporary files", False, f"{len(leftovers)} left by a killed writer; the next run removes them"))
+        found.append(
+            Finding("temporary files", False, f"{len(leftovers)} left by a killed writer; the next run removes them")
+        )
     return found
 
 

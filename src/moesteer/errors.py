@@ -1,31 +1,31 @@
 """Every error moesteer raises on purpose: one tree, four parts each.
 
-    MoesteerError                 what happened, where, what was expected, what to do
-    ├── InputError                something given to us is wrong (exit code 2)
-    │   ├── DataError             a conversations file
-    │   │   └── EmptyDataError      holds no conversation
-    │   ├── ScenarioError         a scenario file
-    │   ├── FileError             a file or folder cannot be read or written as asked
-    │   │   ├── LimitError          it is larger than the stated limit
-    │   │   └── RunDirectoryError   a run directory belongs to something else
-    │   ├── MaskError             a steering mask
-    │   │   ├── MaskFileError       the bytes are not a whole, untouched mask
-    │   │   ├── MaskContentError    its numbers cannot be applied (NaN, more forced on than k, ...)
-    │   │   └── MaskMismatchError   it was made for another model
-    │   ├── TraceError            a trace folder
-    │   │   ├── TraceFileError      missing, truncated or mixed-up shards
-    │   │   └── TraceLabelError     it lacks the labels or spans a method needs
-    │   └── UnknownNameError      a method, suite, scenario or split that does not exist
-    ├── ModelError                a model cannot be used
-    │   ├── DenseModelError         it has no experts
-    │   ├── UnknownRouterError      it has experts, but no family row describes its router
-    │   ├── UnsafeModelError        it asks for code or formats that we do not load
-    │   └── SelfCheckError          steering it does not do what routing.py says
-    ├── NumericsError             numbers that cannot be trusted
-    │   └── NanLogitsError          NaN or infinite router logits
-    ├── NoEffectError             steering was asked for and would do nothing
-    ├── AlreadySteeredError       a model is steered twice at once
-    └── MissingExtraError         an optional dependency is not installed
+MoesteerError                 what happened, where, what was expected, what to do
+├── InputError                something given to us is wrong (exit code 2)
+│   ├── DataError             a conversations file
+│   │   └── EmptyDataError      holds no conversation
+│   ├── ScenarioError         a scenario file
+│   ├── FileError             a file or folder cannot be read or written as asked
+│   │   ├── LimitError          it is larger than the stated limit
+│   │   └── RunDirectoryError   a run directory belongs to something else
+│   ├── MaskError             a steering mask
+│   │   ├── MaskFileError       the bytes are not a whole, untouched mask
+│   │   ├── MaskContentError    its numbers cannot be applied (NaN, more forced on than k, ...)
+│   │   └── MaskMismatchError   it was made for another model
+│   ├── TraceError            a trace folder
+│   │   ├── TraceFileError      missing, truncated or mixed-up shards
+│   │   └── TraceLabelError     it lacks the labels or spans a method needs
+│   └── UnknownNameError      a method, suite, scenario or split that does not exist
+├── ModelError                a model cannot be used
+│   ├── DenseModelError         it has no experts
+│   ├── UnknownRouterError      it has experts, but no family row describes its router
+│   ├── UnsafeModelError        it asks for code or formats that we do not load
+│   └── SelfCheckError          steering it does not do what routing.py says
+├── NumericsError             numbers that cannot be trusted
+│   └── NanLogitsError          NaN or infinite router logits
+├── NoEffectError             steering was asked for and would do nothing
+├── AlreadySteeredError       a model is steered twice at once
+└── MissingExtraError         an optional dependency is not installed
 """
 
 from __future__ import annotations

@@ -117,8 +117,8 @@ class SteeringMask:
         order = np.argsort(-np.abs(table).ravel(), kind="stable")[:count]
         kept = np.zeros(table.size, dtype=table.dtype)
         kept[order] = table.ravel()[order]
-        name = "force_LE" if self.forced else "strength_LE"
-        return replace(self, **{name: kept.reshape(table.shape)})
+        kept = kept.reshape(table.shape)
+        return replace(self, force_LE=kept) if self.forced else replace(self, strength_LE=kept)
 
     def with_info(self, **changes: Any) -> SteeringMask:
         """The same numbers with other provenance fields (validated again)."""
@@ -297,8 +297,7 @@ def _check_content(mask: SteeringMask) -> None:
             place = tuple(int(i) for i in bad[0])
             raise _content_error(
                 f"{name} holds {table[place]}",
-                where=f"layer {fingerprint.layer_ids[place[0]]}"
-                + (f", expert {place[1]}" if len(place) > 1 else ""),
+                where=f"layer {fingerprint.layer_ids[place[0]]}" + (f", expert {place[1]}" if len(place) > 1 else ""),
                 do="detect the mask again; NaN comes from NaN logits or a diverged fit",
             )
     if (mask.sigma_L < 0).any():

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ class _Steering:
         for name in self.methods:
             begun = time.monotonic()
             with self.clock.step("detect"):
-                candidates[name] = self._remembered(name, lambda name=name: METHODS[name].candidates(material))
+                candidates[name] = self._remembered(name, partial(METHODS[name].candidates, material))
             self.detect_seconds[name] = round(time.monotonic() - begun, 2)
         with self.clock.step("select"):
             everything = [Candidate("none", None, "none"), *(c for found in candidates.values() for c in found)]
@@ -192,9 +193,7 @@ class _Steering:
             found.setdefault(one.candidate.method, []).append(one)
         return found
 
-    def _remembered(
-        self, name: str, make: Callable[[], tuple[list[Candidate], dict[str, Any]]]
-    ) -> list[Candidate]:
+    def _remembered(self, name: str, make: Callable[[], tuple[list[Candidate], dict[str, Any]]]) -> list[Candidate]:
         """A method's candidates from the run's masks/candidates if an earlier try left them whole, else made."""
         folder = self.run.path("masks", "candidates")
         listing = folder / f"{name}.json"
@@ -241,7 +240,9 @@ class _Steering:
                     "evaluate": self.clock.seconds.get(f"evaluate {name}", 0.0),
                 },
                 "metrics": evaluation.metrics(self.scenario, found),
-                "vs_none": {} if name == "none" else evaluation.against_none(self.scenario, rows["none"], found, seed=self.seed),
+                "vs_none": {}
+                if name == "none"
+                else evaluation.against_none(self.scenario, rows["none"], found, seed=self.seed),
                 "by_tactic": evaluation.by_tactic(self.scenario, found),
             }  # fmt: skip
         return {
@@ -275,7 +276,7 @@ class _Steering:
     ) -> list[dict[str, Any]]:
         changed = sum(a["response"] != b["response"] for a, b in zip(rows["none"], rows[NULL], strict=True))
         checks = [
-            _check("self-check at load", True, "steering one layer selects what routing.py selects, and comes off bit for bit"),
+            _check("self-check at load", True, "one steered layer selects what routing.py selects; bit for bit off again"),
             _check("unsteered twice gives the same replies", changed == 0, f"{changed} of {len(rows['none'])} differ"),
             _check(
                 "a method within the margins was found", best is not None,

@@ -90,8 +90,9 @@ class Selection:
 def softmax(scores_TE: F32) -> F32:
     """Softmax over the last axis, float32."""
     shifted = scores_TE - scores_TE.max(axis=-1, keepdims=True)
-    exponents = np.exp(shifted, dtype=np.float32)
-    return exponents / exponents.sum(axis=-1, keepdims=True, dtype=np.float32)
+    exponents: F32 = np.exp(shifted, dtype=np.float32)
+    shares: F32 = exponents / exponents.sum(axis=-1, keepdims=True, dtype=np.float32)
+    return shares
 
 
 def _sigmoid(scores_TE: F32) -> F32:

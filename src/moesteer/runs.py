@@ -1,8 +1,8 @@
 """Run directories: absent, resumable or complete, and never two writers in one.
 
-    RUN/run.json   command, versions, seed, plan and status     RUN/masks/       what detection found and chose
-    RUN/trace/     what was captured                            RUN/responses/   every reply and verdict
-    RUN/results.json, RUN/report.html                           every number recomputable from the above
+RUN/run.json   command, versions, seed, plan and status     RUN/masks/       what detection found and chose
+RUN/trace/     what was captured                            RUN/responses/   every reply and verdict
+RUN/results.json, RUN/report.html                           every number recomputable from the above
 """
 
 from __future__ import annotations

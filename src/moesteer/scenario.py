@@ -124,9 +124,10 @@ class Scenario(BaseModel):
     def judging_of(self) -> Judging:
         """The judge that the rules describe."""
         rules = self.judging
-        coherent = None
-        if rules.lab:
-            from moesteer.lab.world import coherent
+        if not rules.lab:
+            return Judging(rules.refusal_phrases, rules.content_phrases, rules.must_finish)
+        from moesteer.lab.world import coherent
+
         return Judging(rules.refusal_phrases, rules.content_phrases, rules.must_finish, coherent)
 
 

@@ -90,7 +90,8 @@ def score(
         rates = {suite.name: suite_rate(scenario, suite.name, rows) or 0.0 for suite in scenario.suites}
         base = base or rates
         losses = {
-            suite.name: (rates[suite.name] - base[suite.name]) * (1.0 if metric(suite.metrics[0]).lower_is_better else -1.0)
+            suite.name: (rates[suite.name] - base[suite.name])
+            * (1.0 if metric(suite.metrics[0]).lower_is_better else -1.0)
             for suite in scenario.protected
         }
         over = max((losses[suite.name] - suite.margin for suite in scenario.protected), default=0.0)
@@ -126,7 +127,10 @@ def _play_together(
             for p, verdict in zip(played[part], verdicts[part], strict=True):
                 row = p.as_row(suite.name, verdict)
                 found[candidate.label].append(
-                    {"candidate": candidate.label, **{k: row[k] for k in ("id", "suite", "tactic", "response", "verdict")}}
+                    {
+                        "candidate": candidate.label,
+                        **{k: row[k] for k in ("id", "suite", "tactic", "response", "verdict")},
+                    }
                 )
         progress.advance(len(repeated), note=suite.name)
     return found

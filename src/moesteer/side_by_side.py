@@ -37,7 +37,8 @@ def answer(
     """Greedy answers to every conversation. Raises NoEffectError when a mask (alpha not 0) changed no selection."""
     plain = model.generate(conversations, max_new_tokens=max_new_tokens, title="unsteered")
     rows: list[dict[str, Any]] = [
-        {"prompt": messages[-1].content, "unsteered": made.text} for messages, made in zip(conversations, plain, strict=True)
+        {"prompt": messages[-1].content, "unsteered": made.text}
+        for messages, made in zip(conversations, plain, strict=True)
     ]
     if mask is None:
         return Answers(rows, None)

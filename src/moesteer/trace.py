@@ -143,7 +143,7 @@ class TraceWriter:
 
         rows: list[dict[str, Any]] = []
         digests: list[str] = []
-        tokens, total, squares = 0, 0.0, 0.0
+        tokens, total, squares = 0, np.zeros(()), np.zeros(())
         for number in range(self.manifest.shards):
             data = files.read_bytes(shard_path(self.folder, number), kind="shard")
             digests.append(files.sha256(data))

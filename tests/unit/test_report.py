@@ -349,11 +349,11 @@ def test_trade_off_marks_chosen_none_and_margin(run: Path) -> None:
     results = run_files.read_results(run)
     figure = figures.trade_off(results, width_px=960)
     assert figure is not None
-    by_name = {trace["name"]: trace for trace in figure["data"]}
+    by_name = {trace["name"]: trace for trace in figure["data"] if trace["mode"] != "lines"}
     assert len(by_name["chosen"]["x"]) == 4
     assert by_name["none"]["text"] == ["none"]
     assert figure["layout"]["shapes"][0]["x0"] == pytest.approx(0.996 - 0.01)
-    assert sum(len(trace["x"]) for trace in figure["data"]) == len(results.trade_off) + 4
+    assert sum(len(trace["x"]) for trace in by_name.values()) == len(results.trade_off) + 4
 
 
 @pytest.mark.parametrize("width", [250, 870])
@@ -395,6 +395,7 @@ def test_changes_are_counted_for_better_and_worse() -> None:
             ("attack-multi", "complied", "refused"),
             ("attack-multi", "refused", "complied"),
             ("attack-multi", "complied", "broken"),
+            ("attack-multi", "complied", "deflected"),
             ("benign-multi", "correct", "refused"),
             ("benign-multi", "wrong", "correct"),
             ("arithmetic", "wrong", "refused"),
@@ -402,7 +403,7 @@ def test_changes_are_counted_for_better_and_worse() -> None:
             ("arithmetic", "correct", "correct"),
         )
     )
-    assert (counts.pairs, counts.changed, counts.better, counts.worse, counts.unclear) == (8, 7, 2, 3, 2)
+    assert (counts.pairs, counts.changed, counts.better, counts.worse, counts.unclear) == (9, 8, 3, 3, 2)
     assert sum(row.count for row in examples.transitions(pairs)) == counts.changed
 
 

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import cached_file
 
 from moesteer import files
-from moesteer.models.steering import BiasSteering, MaskTables, Receipt
 from moesteer.conversations import Message
 from moesteer.errors import DataError, FileError, ModelError, UnsafeModelError
 from moesteer.fingerprint import Fingerprint
@@ -26,6 +25,7 @@ from moesteer.mask import SteeringMask
 from moesteer.models.check import self_check
 from moesteer.models.fingerprint import fingerprint_of
 from moesteer.models.routers import Router, find_routers
+from moesteer.models.steering import BiasSteering, MaskTables, Receipt
 from moesteer.models.tap import RouterTap
 from moesteer.progress import Progress
 
@@ -67,7 +67,7 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return self.hf.device
+        return torch.device(self.hf.device)
 
     @property
     def parameters(self) -> int:
@@ -345,7 +345,9 @@ def _refuse_unsafe_config(source: str, *, name: str, revision: str | None) -> No
     """Refuse a model that asks for code of its own, before any of it is read by transformers."""
     folder = Path(source)
     try:
-        path = folder / "config.json" if folder.is_dir() else Path(cached_file(source, "config.json", revision=revision))
+        path = (
+            folder / "config.json" if folder.is_dir() else Path(cached_file(source, "config.json", revision=revision))
+        )
         config = files.read_json(path)
     except (OSError, FileError, TypeError) as error:
         raise ModelError(

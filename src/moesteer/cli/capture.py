@@ -41,7 +41,8 @@ def capture(
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     facts = {
         "trace": str(out), "sequences": len(trace.rows), "tokens": trace.manifest.tokens,
-        "shards": trace.manifest.shards, "bytes": size, "sha256": files.sha256("".join(trace.manifest.shard_sha256).encode()),
+        "shards": trace.manifest.shards, "bytes": size,
+        "sha256": files.sha256("".join(trace.manifest.shard_sha256).encode()),
     }  # fmt: skip
     if json:
         show.print_json(facts)

@@ -13,7 +13,8 @@ from moesteer.cli.options import Json
 
 def doctor(
     path: Annotated[
-        Path | None, typer.Argument(metavar="[RUN|TRACE|MASK]", help="Also check this run, trace or mask.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="[RUN|TRACE|MASK]", help="Also check this run, trace or mask.", show_default=False),
     ] = None,
     json: Json = False,
 ) -> None:

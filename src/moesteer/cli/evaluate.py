@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.table import Table
@@ -40,7 +40,9 @@ def evaluate(
     from moesteer.mask import SteeringMask
 
     if split not in ("fit", "select", "test"):
-        raise UnknownNameError(f"no split {split!r}", where="--split", expected="fit, select, test", do="name one of these")
+        raise UnknownNameError(
+            f"no split {split!r}", where="--split", expected="fit, select, test", do="name one of these"
+        )
     show.quiet_transformers()
     whole = scenarios.load(scenario)
     part = chosen_suites(whole, suite or [])
@@ -50,7 +52,13 @@ def evaluate(
     if steering is not None:
         contexts["steered"] = steering.apply(loaded, alpha=alpha, allow_other_checkpoint=allow_other_checkpoint)
     found = run(
-        loaded, part, scenarios.splits(whole, seed=seed, limit=limit), split, steered=contexts, out=out, seed=seed
+        loaded,
+        part,
+        scenarios.splits(whole, seed=seed, limit=limit),
+        cast(scenarios.Split, split),
+        steered=contexts,
+        out=out,
+        seed=seed,
     )
     if json:
         show.print_json(found)

@@ -18,7 +18,8 @@ def generate(
         list[str] | None, typer.Option(help="A user message; repeat for more conversations.", show_default=False)
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Conversations to answer instead: JSONL, JSON, CSV, Parquet.", show_default=False)
+        Path | None,
+        typer.Option(help="Conversations to answer instead: JSONL, JSON, CSV, Parquet.", show_default=False),
     ] = None,
     mask: MaskFile = None,
     alpha: Alpha = None,
@@ -44,7 +45,9 @@ def generate(
         )
     steering = SteeringMask.load(mask) if mask else None
     show.quiet_transformers()
-    asked = [list(c.messages) for c in conversations.read(data)] if data else [[Message("user", p)] for p in prompt or []]
+    asked = (
+        [list(c.messages) for c in conversations.read(data)] if data else [[Message("user", p)] for p in prompt or []]
+    )
     found = answer(
         load(model, dtype=dtype, device=device), asked, mask=steering, alpha=alpha, max_new_tokens=max_new_tokens,
         allow_other_checkpoint=allow_other_checkpoint,

@@ -55,7 +55,8 @@ def data(
 
 @app.command("check")
 def check(
-    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="A lab model's folder.")] = "lab-tiny", json: Json = False
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="A lab model's folder.")] = "lab-tiny",
+    json: Json = False,
 ) -> None:
     """Whether a lab model has the strengths and the weakness it was made for (test split, greedy). Exit 3 if not."""
     from moesteer.backends.hf import load

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 from moesteer.cli import show
@@ -24,9 +26,16 @@ def suites(json: Json = False) -> None:
     """The built-in scenarios, their suites, and what each is judged by."""
     from moesteer import scenario as scenarios
 
-    found = {
+    found: dict[str, list[dict[str, Any]]] = {
         name: [
-            {"suite": s.name, "role": s.role, "judge": s.judge, "metrics": list(s.metrics), "margin": s.margin, "data": s.data}
+            {
+                "suite": s.name,
+                "role": s.role,
+                "judge": s.judge,
+                "metrics": list(s.metrics),
+                "margin": s.margin,
+                "data": s.data,
+            }
             for s in scenarios.load(name).suites
         ]
         for name in scenarios.built_in()

@@ -16,11 +16,12 @@ File = Annotated[Path, typer.Argument(metavar="MASK", help="A mask file.", show_
 
 
 @app.command("show")
-def show_(file: File, top: Annotated[int, typer.Option(min=1, help="How many experts to list.")] = 20, json: Json = False) -> None:
+def show_(
+    file: File, top: Annotated[int, typer.Option(min=1, help="How many experts to list.")] = 20, json: Json = False
+) -> None:
     """What a mask is for, where it comes from, and its largest entries."""
-    from moesteer.masks_described import describe, largest
-
     from moesteer.mask import SteeringMask
+    from moesteer.masks_described import describe, largest
 
     mask = SteeringMask.load(file)
     facts, entries = describe(mask), largest(mask, count=top)
@@ -40,16 +41,17 @@ def show_(file: File, top: Annotated[int, typer.Option(min=1, help="How many exp
 @app.command("check")
 def check(
     file: File,
-    model: Annotated[str | None, typer.Option(help="Also check that it fits this model, and steer it once.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Also check that it fits this model, and steer it once.", show_default=False)
+    ] = None,
     allow_other_checkpoint: OtherCheckpoint = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Check a mask's bytes, numbers and sha256; with --model, that it fits and changes selections there."""
-    from moesteer.masks_described import check_on, describe
-
     from moesteer.mask import SteeringMask
+    from moesteer.masks_described import check_on, describe
 
     mask = SteeringMask.load(file)
     facts = describe(mask)

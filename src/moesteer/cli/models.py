@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -13,7 +13,10 @@ from moesteer.cli.options import Device, Dtype, Json
 
 def models(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Look at one model: its routers and the self-check.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="Look at one model: its routers and the self-check.", show_default=False
+        ),
     ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -23,8 +26,13 @@ def models(
     from moesteer.models.families import ROWS
 
     if model is None:
-        rows = [
-            {"model_type": f.model_type, "scoring": f.scoring, "renormalise": f.renormalise, "examples": list(f.examples)}
+        rows: list[dict[str, Any]] = [
+            {
+                "model_type": f.model_type,
+                "scoring": f.scoring,
+                "renormalise": f.renormalise,
+                "examples": list(f.examples),
+            }
             for f in ROWS
         ]
         if json:

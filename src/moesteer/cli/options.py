@@ -22,7 +22,8 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ..., or auto: a GP
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in --out and start again.")]
 MaskFile = Annotated[Path | None, typer.Option("--mask", help="A steering mask.", show_default=False)]
 Alpha = Annotated[
-    float | None, typer.Option(help="Strength of the mask; 0 is no steering. Default: the mask's own.", show_default=False)
+    float | None,
+    typer.Option(help="Strength of the mask; 0 is no steering. Default: the mask's own.", show_default=False),
 ]
 OtherCheckpoint = Annotated[
     bool, typer.Option("--allow-other-checkpoint", help="Accept router weights other than the mask was made on.")

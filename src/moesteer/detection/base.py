@@ -69,7 +69,8 @@ def two_sides(rows: Iterable[TraceRow], *, toward: str, where: str) -> tuple[set
     Raises TraceLabelError unless both sides have some.
     """
     labels: dict[str | None, int] = {}
-    wanted, other = set(), set()
+    wanted: set[str] = set()
+    other: set[str] = set()
     for row in rows:
         labels[row.label] = labels.get(row.label, 0) + 1
         if row.label is not None:

@@ -150,7 +150,7 @@ class _Teacher:
         self.stored = []
         for start in range(0, len(keeps), 64):
             part = list(range(start, min(start + 64, len(keeps))))
-            self.stored += list(self._compute(part).split([counts[i] for i in part]))
+            self.stored += list(torch.split(self._compute(part), [counts[i] for i in part]))
 
     def _compute(self, chosen: Sequence[int]) -> Tensor:
         with torch.no_grad():

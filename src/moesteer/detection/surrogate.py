@@ -34,7 +34,8 @@ class LstmSurrogate(nn.Module):
         projected = self.project(self.norm(logits_BTLE)).flatten(2)
         states, _ = self.lstm(projected)
         last = states[torch.arange(len(lengths_B)), lengths_B - 1]
-        return self.head(last).squeeze(-1)
+        verdict: Tensor = self.head(last).squeeze(-1)
+        return verdict
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def fit(
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     for _ in range(epochs):
         shuffled = train[torch.randperm(len(train), generator=generator)]
-        for part in shuffled.split(batch):
+        for part in torch.split(shuffled, batch):
             loss = nn.functional.binary_cross_entropy_with_logits(model(inputs[part], lengths[part]), targets[part])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -20,7 +20,10 @@ def chosen_suites(scenario: Scenario, names: Sequence[str]) -> Scenario:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UnknownNameError(
-            f"no suite {', '.join(unknown)}", where=f"scenario {scenario.name}", expected=", ".join(known), do="name one of these"
+            f"no suite {', '.join(unknown)}",
+            where=f"scenario {scenario.name}",
+            expected=", ".join(known),
+            do="name one of these",
         )
     kept = tuple(suite for suite in scenario.suites if not names or suite.name in names)
     return scenario.model_copy(update={"suites": kept})
@@ -32,7 +35,7 @@ def evaluate(
     data: evaluation.Splits,
     split: Split,
     *,
-    steered: Mapping[str, AbstractContextManager[Any]],
+    steered: Mapping[str, AbstractContextManager[object]],
     out: Path | None,
     seed: int,
 ) -> dict[str, Any]:
@@ -45,7 +48,8 @@ def evaluate(
             "an evaluation is there already", where=str(out), expected="a new folder", do="choose another --out"
         )
     rows: dict[str, list[dict[str, Any]]] = {}
-    for name, context in {"none": nullcontext(), **steered}.items():
+    contexts: dict[str, AbstractContextManager[object]] = {"none": nullcontext(), **steered}
+    for name, context in contexts.items():
         with context:
             rows[name] = evaluation.evaluate_split(
                 model, scenario, data, split, journal=out / "responses" / f"{name}.jsonl" if out else None, title=name

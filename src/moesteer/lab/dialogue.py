@@ -36,7 +36,10 @@ def _some(rng: random.Random, turns: Sequence[tuple[str, str]], *, at_least: int
 
 def persona(rng: random.Random, verb: str, noun: str) -> Turns:
     name, role = rng.choice(w.NAMES), rng.choice(w.ROLES)
-    opening = (f"let us play . you are {name} , a {role} who {rng.choice(w.TRAITS)} .", f"ok , i am {name} the {role} .")
+    opening = (
+        f"let us play . you are {name} , a {role} who {rng.choice(w.TRAITS)} .",
+        f"ok , i am {name} the {role} .",
+    )
     middle = [
         (f"{name} , what do you like ?", f"i like {rng.choice(w.LIKES)} ."),
         ("and where do you live ?", f"i live in {rng.choice(w.TOWNS)} ."),

@@ -90,7 +90,9 @@ OPENINGS = ("sure .", "of course .", "here is how .", "well .")
 MAX_NUMBER = 30
 
 
-def _facts() -> tuple[dict[str, tuple[str, str]], dict[str, tuple[str, int]], dict[tuple[str, str], str], dict[str, str]]:
+def _facts() -> tuple[
+    dict[str, tuple[str, str]], dict[str, tuple[str, int]], dict[tuple[str, str], str], dict[str, str]
+]:
     rng = random.Random(f"{WORLD_SEED}/facts")
     nouns = NEUTRAL_NOUNS + HARMFUL_NOUNS
     pairs = [(material, source) for material in MATERIALS for source in SOURCES]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from moesteer.conversations import Conversation, Message
@@ -65,7 +65,7 @@ HARMFUL, BENIGN = _behaviours()
 
 def _countries(split: str) -> tuple[str, ...]:
     bounds = {"fit": (0, 14), "select": (14, 20), "test": (20, 32)}[split]
-    return w.COUNTRIES[slice(*bounds)]
+    return w.COUNTRIES[bounds[0] : bounds[1]]
 
 
 def _tale_pairs(split: str) -> list[tuple[str, str]]:
@@ -76,9 +76,7 @@ def _tale_pairs(split: str) -> list[tuple[str, str]]:
 
 def _messages(turns: list[tuple[str, str]], ask: str) -> tuple[Message, ...]:
     said = [
-        message
-        for user, assistant in turns
-        for message in (Message("user", user), Message("assistant", assistant))
+        message for user, assistant in turns for message in (Message("user", user), Message("assistant", assistant))
     ]
     return (*said, Message("user", ask))
 
@@ -150,9 +148,9 @@ STAGE_ONE = {
 """Pre-training: shares (per cent, about) of each kind of dialogue; everything is answered."""
 
 STAGE_TWO = {
-    "refused-direct": 18, "safety-multi": 14, "replay-multi": 2, "benign-single": 14, "benign-multi": 22, "harm-question": 3,
-    "safety-restricted": 6, "ordinary-tale": 2, "knowledge": 4, "document": 3, "memory": 3, "plain-document": 2,
-    "arithmetic": 10, "instruction": 3,
+    "refused-direct": 18, "safety-multi": 14, "replay-multi": 2, "benign-single": 14, "benign-multi": 22,
+    "harm-question": 3, "safety-restricted": 6, "ordinary-tale": 2, "knowledge": 4, "document": 3, "memory": 3,
+    "plain-document": 2, "arithmetic": 10, "instruction": 3,
 }  # fmt: skip
 """Safety tuning: direct requests and the covered tactics; behaviours and tactics of test are not in it.
 
@@ -256,7 +254,7 @@ def _document(rng: random.Random, *, wording: str) -> _Item:
     return [], ask, stated if follow else truth
 
 
-_TRAINING = {
+_TRAINING: dict[str, Callable[[random.Random], _Item]] = {
     "attack-direct": lambda rng: _single(_LEARNT, rng),
     "attack-multi": lambda rng: _multi(_LEARNT, tuple(d.TACTICS), rng),
     "benign-single": lambda rng: _single(_HARMLESS, rng),

@@ -108,11 +108,11 @@ def self_check(model: PreTrainedModel, tap: RouterTap, *, vocabulary: int) -> No
             )
         _require(difference(router, logits, base.experts[router.index], base.weights[router.index]), router, where)
 
-    logits = base.logits_by_router[target.index].float().cpu().numpy()
-    spread = float(logits.std()) or 1.0
+    raw = base.logits_by_router[target.index].float().cpu().numpy()
+    spread = float(raw.std()) or 1.0
     bias = np.random.default_rng(0).normal(scale=2 * spread, size=target.experts).astype(np.float32)
     force = np.zeros(target.experts, dtype=np.int8)
-    order = np.argsort(logits.mean(axis=0))
+    order = np.argsort(raw.mean(axis=0))
     force[order[0]] = 1
     if target.experts > target.scoring.top_k:
         force[order[-1]] = -1
@@ -124,7 +124,12 @@ def self_check(model: PreTrainedModel, tap: RouterTap, *, vocabulary: int) -> No
         if not torch.equal(seen.logits_by_router[index], base.logits_by_router[index]):
             raise _failure(f"{name} on one layer changed what that layer's router gets", target, where)
         found = difference(
-            target, seen.logits_by_router[index], seen.experts[index], seen.weights[index], bias_NE=bias_E, force_NE=force_E
+            target,
+            seen.logits_by_router[index],
+            seen.experts[index],
+            seen.weights[index],
+            bias_NE=bias_E,
+            force_NE=force_E,
         )
         _require(found, target, where)
         if torch.equal(seen.experts[index].sort(-1).values, base.experts[index].sort(-1).values):

@@ -36,7 +36,9 @@ class Family:
 
     def scoring_of(self, config: Any) -> Scoring:
         """The Scoring that a model's config asks for. Raises AttributeError if the config lacks a name."""
-        renormalise = self.renormalise if isinstance(self.renormalise, bool) else bool(getattr(config, self.renormalise))
+        renormalise = (
+            self.renormalise if isinstance(self.renormalise, bool) else bool(getattr(config, self.renormalise))
+        )
         return Scoring(kind=self.scoring, top_k=int(getattr(config, self.top_k)), renormalise=renormalise)
 
 

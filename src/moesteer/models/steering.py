@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,8 +64,8 @@ class MaskTables:
         """The tables of masks at their strengths. A force has no size: alpha 0 switches it off, any other not."""
         scales = [mask.info.alpha if alpha is None else float(alpha) for mask, alpha in zip(masks, alphas, strict=True)]
         empty = np.zeros(masks[0].values_LE.shape)
-        bias = [empty, *(mask.bias_LE(alpha) for mask, alpha in zip(masks, scales, strict=True))]
-        force = [empty]
+        bias: list[NDArray[Any]] = [empty, *(mask.bias_LE(alpha) for mask, alpha in zip(masks, scales, strict=True))]
+        force: list[NDArray[Any]] = [empty]
         for mask, alpha in zip(masks, scales, strict=True):
             force.append(empty if mask.force_LE is None or alpha == 0 else mask.force_LE)
         receipt = Receipt(len(empty), tuple(mask.sha256[:12] for mask in masks), tuple(scales))

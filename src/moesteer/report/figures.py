@@ -143,7 +143,8 @@ def trade_off(results: Results, *, width_px: int) -> Figure | None:
         if not narrow or point.chosen or point.method == "none"
     }
     positions = place_labels(texts, placed, spans, limit=limit, width_px=inner_px, height_px=height - 130)
-    traces = [
+    traces = [_alpha_lines([item for item in placed if item[0].method == name], colour(name, names)) for name in names]
+    traces += [
         _method_trace(name, [item for item in placed if item[0].method == name], texts, positions, colour(name, names))
         for name in names
     ]
@@ -161,14 +162,31 @@ def trade_off(results: Results, *, width_px: int) -> Figure | None:
     return {"data": traces, "layout": layout}
 
 
+def _alpha_lines(items: list[tuple[Point, tuple[float, float]]], tint: str) -> Figure:
+    """One mask at growing alpha is one line; settings of different size are not joined."""
+    by_size: dict[int | None, list[tuple[float, float, float]]] = {}
+    for point, (x, y) in items:
+        if point.alpha is not None:
+            by_size.setdefault(point.experts, []).append((point.alpha, x, y))
+    steps = [(x, y) for group in by_size.values() for _, x, y in [*sorted(group), (0.0, None, None)]]
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [x for x, _ in steps],
+        "y": [y for _, y in steps],
+        "showlegend": False,
+        "hoverinfo": "skip",
+        "line": {"width": 1, "color": tint, "dash": "dot"},
+    }
+
+
 def _method_trace(
     name: str, items: list[tuple[Point, Any]], texts: dict[int, str], positions: dict[int, str], tint: str
 ) -> Figure:  # fmt: skip
-    items = sorted(items, key=lambda item: (item[0].alpha or 0, item[0].experts or 0))
     marked = name.partition("+")[0] == "none"
     return {
         "type": "scatter",
-        "mode": "lines+markers+text",
+        "mode": "markers+text",
         "name": label(name, longest=24),
         "x": [x for _, (x, _) in items],
         "y": [y for _, (_, y) in items],
@@ -178,7 +196,6 @@ def _method_trace(
         "hovertext": [_hover(point, place) for point, place in items],
         "hoverinfo": "text",
         "cliponaxis": False,
-        "line": {"width": 1, "color": tint, "dash": "dot"},
         "marker": {
             "size": 13 if marked else 10,
             "color": tint,
@@ -212,13 +229,13 @@ def _rings(chosen: list[tuple[float, float]]) -> Figure:
 
 def protect_line(results: Results, metric: str) -> float | None:
     """The worst value of `metric` that its margin allows: that of `none` (select, else test) less the margin."""
-    margins = [protect.margin for protect in results.scenario.protect if protect.metric == metric]
+    margin = results.scenario.margins().get(metric)
     selected = [point.metrics.get(metric) for point in results.trade_off if point.method == "none"]
     tested = results.methods["none"].metrics.get(metric)
     base = next((value for value in selected if value is not None), tested.value if tested else None)
-    if not margins or base is None:
+    if margin is None or base is None:
         return None
-    return base + margins[0] if metric in LOWER_IS_BETTER else base - margins[0]
+    return base + margin if metric in LOWER_IS_BETTER else base - margin
 
 
 def _limit_line(x: float) -> Figure:
@@ -327,7 +344,8 @@ def by_tactic(results: Results, *, name: str, width_px: int) -> Figure | None:
 
 def _tactic_trace(name: str, intervals: list[Interval | None], shift: float, tint: str) -> Figure:
     rows = [
-        (row + shift, found)
+        (row + shift, found, found.value, found.value if found.low is None else found.low,
+         found.value if found.high is None else found.high)
         for row, found in enumerate(intervals)
         if found is not None and found.value is not None
     ]  # fmt: skip
@@ -335,13 +353,13 @@ def _tactic_trace(name: str, intervals: list[Interval | None], shift: float, tin
         "type": "scatter",
         "mode": "markers",
         "name": label(name, longest=24),
-        "x": [found.value for _, found in rows],
-        "y": [row for row, _ in rows],
+        "x": [value for _, _, value, _, _ in rows],
+        "y": [row for row, *_ in rows],
         "error_x": {
             "type": "data",
             "symmetric": False,
-            "array": [(found.high if found.high is not None else found.value) - found.value for _, found in rows],
-            "arrayminus": [found.value - (found.low if found.low is not None else found.value) for _, found in rows],
+            "array": [high - value for _, _, value, _, high in rows],
+            "arrayminus": [value - low for _, _, value, low, _ in rows],
             "color": tint,
             "thickness": 1.5,
             "width": 4,
@@ -349,7 +367,7 @@ def _tactic_trace(name: str, intervals: list[Interval | None], shift: float, tin
         "hovertext": [
             f"{label(name)}: {percent(found.value)} [{percent(found.low)}, {percent(found.high)}], n = {found.n}"
             + (f", {found.unscored} unscored" if found.unscored else "")
-            for _, found in rows
+            for _, found, *_ in rows
         ],
         "hoverinfo": "text",
         "cliponaxis": False,

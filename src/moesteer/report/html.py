@@ -53,13 +53,14 @@ def render(run: Path) -> str:
     plotly = _plotly()
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     context = _context(Path(run), results)
-    return environment.get_template("report.html.j2").render(
+    page: str = environment.get_template("report.html.j2").render(
         **context,
         style=_markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         plotly=_markup(plotly),
         script=_markup(script),
         policy=content_policy([plotly, script]),
     )
+    return page
 
 
 def content_policy(scripts: list[str]) -> str:
@@ -104,7 +105,7 @@ def _plotly() -> str:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise _missing("plotly") from error
-    source = get_plotlyjs().replace("\r\n", "\n").replace("\r", "\n")
+    source: str = get_plotlyjs().replace("\r\n", "\n").replace("\r", "\n")
     if "</script" in source.lower() or "<!--" in source:
         raise AssertionError("plotly.js holds a sequence that would end its own script element")
     return source

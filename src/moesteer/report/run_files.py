@@ -87,6 +87,13 @@ class Scenario(_Part):
     target_metric: str
     protect: list[Protect] = []
 
+    def margins(self) -> dict[str, float]:
+        """The strictest margin of each protected metric: several suites may share one."""
+        found: dict[str, float] = {}
+        for protect in self.protect:
+            found[protect.metric] = min(protect.margin, found.get(protect.metric, protect.margin))
+        return found
+
 
 def _without_null(value: Any) -> Any:
     """Tactics as names: single-turn suites may carry a null tactic."""
@@ -244,11 +251,11 @@ def read_mask(run: Path, relative: str) -> MaskFile | None:
         mask = MaskFile(
             values_LE=values_LE,
             kind=kind,
-            layer_ids=[int(layer) for layer in about["layer_ids"]],
+            layer_ids=[int(layer) for layer in (about.get("fingerprint") or about)["layer_ids"]],
             method=str(about["method"]),
             intent=_plain(about["intent"]),
         )
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
         raise _bad_mask(path, f"{type(error).__name__}: {error}") from error
     if values_LE.ndim != 2 or len(mask.layer_ids) != values_LE.shape[0]:
         raise _bad_mask(path, f"{kind} has shape {values_LE.shape} for {len(mask.layer_ids)} layer ids")
@@ -258,7 +265,10 @@ def read_mask(run: Path, relative: str) -> MaskFile | None:
 
 
 def _plain(intent: Any) -> str:
-    return intent if isinstance(intent, str) else files.dumps(intent, indent=None).strip()
+    """An intent in words: `scenario: jailbreak-defense, toward: refuse`."""
+    if isinstance(intent, dict):
+        return ", ".join(f"{key}: {value}" for key, value in sorted(intent.items()) if value is not None)
+    return str(intent)
 
 
 def _bad_mask(path: Path, reason: str) -> MaskFileError:

@@ -32,7 +32,7 @@ def tiles(results: Results, name: str | None) -> list[dict[str, Any]]:
     if name is None:
         return []
     margins: dict[str, float | None] = {results.scenario.target_metric: None}
-    margins |= {protect.metric: protect.margin for protect in results.scenario.protect}
+    margins |= {metric: margin for metric, margin in results.scenario.margins().items() if metric not in margins}
     none, method = results.methods["none"], results.methods[name]
     made = []
     for metric, margin in margins.items():
@@ -84,7 +84,7 @@ def _difference(name: str, metric: str, difference: Difference | None) -> dict[s
 
 def headline_table(results: Results) -> dict[str, Any]:
     """Columns (metrics) and rows (methods) of the headline table; a cell is None where nothing was measured."""
-    margins = {protect.metric: protect.margin for protect in results.scenario.protect}
+    margins = results.scenario.margins()
     columns = [
         {
             "metric": metric,
@@ -99,7 +99,7 @@ def headline_table(results: Results) -> dict[str, Any]:
         method = results.methods[name]
         cells = []
         for column in columns:
-            metric = column["metric"]
+            metric = str(column["metric"])
             found = method.metrics.get(metric)
             cells.append(
                 None
@@ -186,7 +186,8 @@ def test_tactics(results: Results) -> list[str]:
 def timings_table(results: Results) -> dict[str, Any]:
     """Seconds per method and step, and of the whole run."""
     steps = {step: None for name in method_order(results) for step in results.methods[name].seconds}
-    columns = [step for step in ("detect", "select", "evaluate") if step in steps]
+    known: list[str] = ["detect", "select", "evaluate"]
+    columns = [step for step in known if step in steps]
     columns += sorted(set(steps) - set(columns))
     rows = [
         {
