@@ -486,7 +486,7 @@ def test_torch_steering_is_numpy_steering_bit_for_bit_in_every_row_of_a_batch(dt
         masks = [random_mask(rng, layers, experts, top_k) for _ in range(int(rng.integers(1, 4)))]
         tables = MaskTables.of_masks(masks, [None] * len(masks), device=torch.device("cpu"))
         rows = rng.integers(0, len(masks) + 1, batch).tolist()
-        # halves make ties common
+        # halves make ties common; + 0.0 since adding an empty bias turns -0.0 into 0.0, which no router can tell
         z = torch.from_numpy(np.round(rng.normal(size=(batch * length, experts)) * 4) / 2).to(dtype) + 0.0
         for layer in range(layers):
             router = fake_router(layer, experts)

@@ -1,0 +1,55 @@
+# make demo   see a Mixture-of-Experts model being steered: runs/demo/report.html
+# make test   run the tests
+# make check  lint, types, import rules, generated docs
+# make bench  what capture and steering cost
+# Each installs what it needs into .venv first, and then needs no network.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt
+OFFLINE := HF_HUB_OFFLINE=1
+
+.PHONY: setup demo test check bench docs clean
+
+setup: $(VENV)/.moesteer
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("moesteer needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.moesteer: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing moesteer into $(VENV) (torch is large: a few minutes)"
+	$(PIP) torch
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.moesteer
+	$(PIP) -e ".[test]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(PIP) -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.moesteer
+	$(OFFLINE) $(BIN)/moesteer demo --fresh --out runs/demo
+
+test: $(VENV)/.test
+	$(OFFLINE) $(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python docs/make_cli.py --check
+
+docs: $(VENV)/.moesteer
+	$(BIN)/python docs/make_cli.py
+
+bench: $(VENV)/.moesteer
+	$(OFFLINE) $(BIN)/python bench/overhead.py
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
