@@ -40,9 +40,7 @@ def variants(model: Model, *, conversations: int, new_tokens: int) -> dict[str, 
     """Two groups of things to time; the first of each group is the plain model."""
     rows = world.suite("attack-multi", "fit")[:conversations]
     encoded = [model.encode(row.messages) for row in rows]
-    batches = [
-        [encoded[i] for i in part] for part in length_batches([len(e.token_ids) for e in encoded], 8192)
-    ]
+    batches = [[encoded[i] for i in part] for part in length_batches([len(e.token_ids) for e in encoded], 8192)]
     prompts: list[list[Message]] = [list(row.messages) for row in rows[: conversations // 4]]
     masks = [dense_mask(model, seed) for seed in range(3)]
     several = [i % 4 for i in range(len(prompts))]
@@ -86,7 +84,11 @@ def variants(model: Model, *, conversations: int, new_tokens: int) -> dict[str, 
             "capture, logits of the whole prompt": captured(("prompt",), True),
             "capture, selections of the whole prompt": captured(("prompt",), False),
         },
-        "generation": {"plain": plain_generation, "one dense mask": one_mask, "three masks and none, by row": three_masks},
+        "generation": {
+            "plain": plain_generation,
+            "one dense mask": one_mask,
+            "three masks and none, by row": three_masks,
+        },
     }
 
 

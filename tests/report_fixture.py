@@ -218,7 +218,7 @@ def responses(name: str) -> list[dict[str, Any]]:
                 {"id": f"{suite}-test-{index:04d}", "suite": suite, "group": f"behaviour {index // 6}",
                  "tactic": tactic, "split": "test",
                  "messages": _conversation(suite, index, tactic, steered=name == "direct"),
-                 "response": said, "verdict": verdict, "reference": reference}
+                 "response": said, "verdict": verdict, "success": verdict == good, "reference": reference}
             )  # fmt: skip
     return rows
 

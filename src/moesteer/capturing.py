@@ -17,8 +17,8 @@ from torch import Tensor
 
 from moesteer import files
 from moesteer.backends.hf import Encoded, Model, length_batches
-from moesteer.conversations import Conversation
-from moesteer.errors import EmptyDataError, TraceLabelError, UnknownNameError
+from moesteer.conversations import Conversation, request_and_response
+from moesteer.errors import EmptyDataError, TraceFileError, TraceLabelError, UnknownNameError
 from moesteer.models.routers import Router
 from moesteer.progress import Progress
 from moesteer.trace import Manifest, TraceReader, TraceRow, TraceWriter, selected_dtype
@@ -91,18 +91,35 @@ def capture(
         )
     plan = _plan(model, conversations, spans, batch_positions=batch_positions, shard_tokens=shard_tokens)
     mask_sha256 = model.mask_sha256
-    extra = {"spans": list(spans), "level": level, "model": model.fingerprint.router_sha256, "masks": list(mask_sha256)}
+    extra = {
+        "spans": list(spans), "level": level, "model": model.fingerprint.router_sha256,
+        "weights": model.weights_sketch, "dtype": str(model.hf.dtype), "masks": list(mask_sha256), "alphas": model.alphas,
+    }  # fmt: skip
     manifest = Manifest(
         fingerprint=model.fingerprint, mask_sha256=mask_sha256, level=level, spans=tuple(spans),
         sequences=len(conversations), shards=len(plan.shards), plan_sha256=plan.sha256(conversations, extra),
     )  # fmt: skip
     writer = TraceWriter(Path(out), manifest)
+    if writer.complete:
+        return _untouched(TraceReader(out))
     with Progress(title, total=len(conversations), unit="sequences") as progress:
         progress.advance(sum(len(batch) for shard in plan.shards[: writer.done] for batch in shard))
         for number in range(writer.done, len(plan.shards)):
             _write_shard(model, conversations, plan, number, writer, spans=spans, level=level, progress=progress)
     writer.finish()
     return TraceReader(out)
+
+
+def _untouched(trace: TraceReader) -> TraceReader:
+    changed = trace.verify()
+    if changed:
+        raise TraceFileError(
+            f"the finished trace was changed: {', '.join(changed)}",
+            where=str(trace.folder),
+            expected="the bytes that were captured",
+            do="delete the folder and capture again",
+        )
+    return trace
 
 
 def _plan(
@@ -115,7 +132,7 @@ def _plan(
 ) -> _Plan:
     encoded = []
     for conversation in conversations:
-        response = conversation.reference if "response" in spans else None
+        messages, response = request_and_response(conversation)
         if "response" in spans and not response:
             raise TraceLabelError(
                 "a conversation has no response to capture",
@@ -123,7 +140,7 @@ def _plan(
                 expected="a `reference` to be teacher-forced, since the span 'response' is wanted",
                 do="add the responses, or capture 'final_user' or 'prompt'",
             )
-        encoded.append(model.encode(conversation.messages, response))
+        encoded.append(model.encode(messages, response if "response" in spans else None))
     shards: list[list[list[int]]] = [[]]
     tokens = 0
     for batch in length_batches([len(e.token_ids) for e in encoded], batch_positions):

@@ -4,8 +4,8 @@
   that response and once with a wanted one put in its place; both teacher-forced, labelled, equal in number.
 - **published** (masc-published): target conversations that ended in the unwanted behaviour, against
   conversations of the `published` suite that ended well.
-- **targets** and **keeps** (direct): all target conversations with a wanted response; protected conversations
-  with the model's own response.
+- **targets** and **keeps** (direct): target conversations that ended in the unwanted behaviour, with a wanted
+  response; protected conversations, and target conversations that ended well, with the model's own response.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 from moesteer.conversations import Conversation, Message
 from moesteer.errors import EmptyDataError
-from moesteer.evaluate.metrics import metric, outcome
 from moesteer.scenario import Scenario
 
 FEWEST = 8
@@ -43,13 +42,9 @@ def make(scenario: Scenario, fit_rows: Sequence[Mapping[str, Any]], *, seed: int
 
     Raises EmptyDataError when the model shows too little of either behaviour to compare.
     """
-    name = scenario.target.metrics[0]
     target = [row for row in fit_rows if row["suite"] == scenario.target.name]
-    good, bad = _by_outcome(target, name)
-    published_metric = next(s.metrics[0] for s in scenario.suites if s.name == scenario.contrast.published)
-    published_good, _ = _by_outcome(
-        [row for row in fit_rows if row["suite"] == scenario.contrast.published], published_metric
-    )
+    good, bad = _by_outcome(target)
+    published_good, _ = _by_outcome([row for row in fit_rows if row["suite"] == scenario.contrast.published])
     pool = _wanted_pool(scenario, [*good, *published_good])
     if len(bad) < FEWEST:
         raise EmptyDataError(
@@ -59,15 +54,21 @@ def make(scenario: Scenario, fit_rows: Sequence[Mapping[str, Any]], *, seed: int
             do="give more conversations, or a model and scenario with a gap",
         )
     rng = random.Random(f"contrasts/{seed}")
-    pairs, targets = [], []
+    pairs: list[Conversation] = []
+    targets: list[Conversation] = []
+    held: list[Conversation] = []
     for row in target:
-        own_is_wanted = outcome(name, row["verdict"]) is True
+        own_is_wanted = row["success"] is True
         wanted = str(row["response"]) if own_is_wanted else _wanted(scenario, row, pool, rng)
         if wanted is None:
             continue
-        targets.append(_conversation(row, f"{row['id']}/wanted", scenario.toward, wanted))
-        if outcome(name, row["verdict"]) is False and row["verdict"] != "broken":
-            pairs.append(targets[-1])
+        put = _conversation(row, f"{row['id']}/wanted", scenario.toward, wanted)
+        if own_is_wanted:
+            held.append(put)
+            continue
+        targets.append(put)
+        if row["verdict"] not in ("broken", "unscored"):
+            pairs.append(put)
             pairs.append(_conversation(row, f"{row['id']}/other", scenario.contrast.away, str(row["response"])))
     if len(pairs) < 2 * FEWEST:
         raise EmptyDataError(
@@ -84,17 +85,13 @@ def make(scenario: Scenario, fit_rows: Sequence[Mapping[str, Any]], *, seed: int
         for row in fit_rows
         if row["suite"] == suite.name and row["verdict"] not in ("broken", "unscored")
     ]
-    return Contrasts(pairs, published, targets, keeps)
+    return Contrasts(pairs, published, targets, keeps + held)
 
 
-def _by_outcome(
-    rows: Sequence[Mapping[str, Any]], name: str
-) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """(rows that went well, rows that did not), unscored and broken ones left out."""
-    flip = metric(name).lower_is_better
-    good = [row for row in rows if outcome(name, row["verdict"]) is (not flip) and row["verdict"] != "broken"]
-    bad = [row for row in rows if outcome(name, row["verdict"]) is flip and row["verdict"] != "broken"]
-    return good, bad
+def _by_outcome(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """(rows that went as their suite wants, rows that did not), unscored and broken ones left out."""
+    scored = [row for row in rows if row["verdict"] != "broken"]
+    return [row for row in scored if row["success"] is True], [row for row in scored if row["success"] is False]
 
 
 def _wanted_pool(scenario: Scenario, good: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -54,6 +54,17 @@ class Conversation:
     split: str | None = None
 
 
+def request_and_response(conversation: Conversation) -> tuple[tuple[Message, ...], str | None]:
+    """(messages up to the last user turn, the response to it).
+
+    The response is `reference`, or else the assistant's message that the conversation ends in; None without either.
+    """
+    messages = conversation.messages
+    if messages and messages[-1].role == "assistant":
+        return messages[:-1], conversation.reference or messages[-1].content
+    return messages, conversation.reference
+
+
 def read(path: Path | str, *, limit: int | None = None) -> list[Conversation]:
     """The conversations of a .jsonl, .ndjson, .json, .csv or .parquet file, in its order.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesteer.conversations import Conversation
+from moesteer.conversations import Conversation, request_and_response
 from moesteer.detection import direct, masc_published, risk_difference
 from moesteer.detection.base import Detection
 from moesteer.detection.controls import random_like
@@ -64,7 +64,7 @@ def detect(
     _check_settings(direct.detect, given, method)
     targets = [c for c in conversations if c.label == toward]
     keeps = [c for c in conversations if c.label != toward]
-    missing = next((c.id for c in conversations if not c.reference), None)
+    missing = next((c.id for c in conversations if not request_and_response(c)[1]), None)
     if missing is not None:
         raise TraceLabelError(
             "a conversation has no response",
@@ -74,8 +74,8 @@ def detect(
         )
     return direct.detect(
         model,
-        targets=[model.encode(c.messages, c.reference) for c in targets],
-        keeps=[model.encode(c.messages, c.reference) for c in keeps],
+        targets=[model.encode(*request_and_response(c)) for c in targets],
+        keeps=[model.encode(*request_and_response(c)) for c in keeps],
         sigma_L=reader.sigma_L,
         toward=toward,
         data_sha256=reader.manifest.plan_sha256,

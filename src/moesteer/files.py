@@ -157,12 +157,19 @@ class Journal:
         self.path = Path(path)
 
     def read(self) -> Iterator[Any]:
-        """Every whole line; a torn last line is ignored."""
+        """Every whole line; a torn last line is ignored. Raises FileError for a damaged one."""
         if not self.path.exists():
             return
-        for line in read_bytes(self.path, kind="journal").split(b"\n")[:-1]:
-            if line:
+        for number, line in enumerate(read_bytes(self.path, kind="journal").split(b"\n")[:-1], 1):
+            try:
                 yield parse_json(line)
+            except (ValueError, RecursionError) as error:
+                raise FileError(
+                    f"a damaged line: {error}",
+                    where=f"{self.path}, line {number}",
+                    expected="one JSON object a line",
+                    do="delete the file: what it held is made again",
+                ) from error
 
     def append(self, rows: Iterable[Any]) -> None:
         """Add rows and fsync once. A torn tail of an earlier kill is cut off first."""

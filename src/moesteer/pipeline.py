@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from moesteer.capturing import capture
 from moesteer.conversations import Conversation
 from moesteer.detection.controls import random_like
 from moesteer.evaluate import run as evaluation
+from moesteer.evaluate import stats
 from moesteer.mask import SteeringMask
 from moesteer.methods import CONTROL, METHODS, Material, method
 from moesteer.scenario import Scenario
@@ -75,7 +76,7 @@ def steer(
     data = scenarios.splits(loaded_scenario, seed=seed, limit=limit)
     plan = {
         "model": str(model), "scenario": loaded_scenario.model_dump(mode="json"), "methods": wanted, "seed": seed,
-        "limit": limit, "dtype": dtype, "data": _data_digest(data),
+        "limit": limit, "dtype": dtype, "device": device, "data": runs.data_digest(data),
     }  # fmt: skip
     with runs.opened(Path(out), plan=plan, fresh=fresh) as run:
         if run.complete:
@@ -84,6 +85,7 @@ def steer(
         clock = Clock()
         with clock.step("load and self-check"):
             loaded = load_model(model, dtype=dtype, device=device)
+        run.require_model({"router_sha256": loaded.fingerprint.router_sha256, "weights": loaded.weights_sketch})
         results = _Steering(loaded, loaded_scenario, data, run, clock, wanted, seed).go()
         files.write_json(run.path("results.json"), results)
         with clock.step("report"):
@@ -92,13 +94,6 @@ def steer(
             write_report(run.folder)
         run.mark("complete")
         return results
-
-
-def _data_digest(data: evaluation.Splits) -> str:
-    from moesteer.conversations import to_row
-
-    rows = [[name, split, [to_row(c) for c in rows]] for name, by in data.items() for split, rows in by.items()]
-    return files.sha256(files.dumps(rows, indent=None).encode("utf-8"))
 
 
 class _Steering:
@@ -133,9 +128,12 @@ class _Steering:
             like = chosen[best] if best else next(iter(chosen.values()))
             assert like.mask is not None
             chosen[CONTROL] = Candidate(CONTROL, random_like(like.mask, seed=self.seed).mask, f"like {like.label}")
+        intent = {"toward": self.scenario.toward, "scenario": self.scenario.name}
         for name, candidate in chosen.items():
             assert candidate.mask is not None
-            candidate.mask.save(self.run.path("masks", f"{name}.safetensors"))
+            mask = candidate.mask.with_info(intent=intent)
+            chosen[name] = replace(candidate, mask=mask)
+            mask.save(self.run.path("masks", f"{name}.safetensors"))
         with self.clock.step("evaluate on the test split"):
             rows = {"none": self._evaluate("none", split="test", name="none")}
             rows[NULL] = self._evaluate(NULL, split="test", name=NULL)
@@ -290,14 +288,17 @@ class _Steering:
             detail = f"{receipt['changed']} of {receipt['checked']} checked selections"
             checks.append(_check("the mask changes selections", receipt["changed"] > 0, detail))
         for suite in self.scenario.protected:
-            name = suite.metrics[0]
-            found = entries[best]["vs_none"].get(name, {})
-            if found.get("difference") is None:
+            pairs = [(b, a) for b, a in zip(rows["none"], rows[best], strict=True) if b["suite"] == suite.name]
+            found = stats.paired_difference(
+                [b["success"] for b, _ in pairs],
+                [a["success"] for _, a in pairs],
+                groups=[str(b["group"]) for b, _ in pairs],
+                seed=self.seed,
+            )
+            if found["difference"] is None or found["high"] is None:
                 continue
-            held = found["high"] >= -suite.margin
             detail = f"{100 * found['difference']:+.1f} points on test, margin {100 * suite.margin:g}"
-            if all(check["name"] != f"{name} holds on test" for check in checks):
-                checks.append(_check(f"{name} holds on test", held, detail))
+            checks.append(_check(f"{suite.name} holds on test", found["high"] >= -suite.margin, detail))
         return checks
 
 

@@ -11,13 +11,14 @@ import fcntl
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from moesteer import files
+from moesteer.conversations import Conversation, to_row
 from moesteer.errors import RunDirectoryError
 
 VERSIONED = ("moesteer", "torch", "transformers", "numpy", "safetensors")
@@ -34,6 +35,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def data_digest(data: Mapping[str, Mapping[Any, Sequence[Conversation]]]) -> str:
+    """sha256 of every conversation of every suite and split."""
+    rows = [[name, split, [to_row(c) for c in rows]] for name, by in data.items() for split, rows in by.items()]
+    return files.sha256(files.dumps(rows, indent=None).encode("utf-8"))
+
+
 class Run:
     """A run directory that this process holds."""
 
@@ -48,6 +55,17 @@ class Run:
     def complete(self) -> bool:
         """Whether results.json was written."""
         return bool(self.state.get("status") == "complete") and self.path("results.json").is_file()
+
+    def require_model(self, identity: Mapping[str, str]) -> None:
+        """Remember which weights the run is of; raise RunDirectoryError where it was begun with others."""
+        if self.state.setdefault("model", dict(identity)) != dict(identity):
+            raise RunDirectoryError(
+                "the model's weights are not those the run was begun with",
+                where=str(self.folder),
+                expected=f"weights {self.state['model']}, found {dict(identity)}",
+                do="choose another --out, or give --fresh to start again",
+            )
+        self.mark(str(self.state["status"]))
 
     def mark(self, status: str, **more: Any) -> None:
         """Write the status into run.json."""

@@ -7,7 +7,7 @@ suite of the lab's world.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from moesteer.evaluate.metrics import METRICS
 
 BUILT_IN = Path(__file__).parent / "scenarios"
 DEFAULT_MARGIN = 0.01
+NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 Split = Literal["fit", "select", "test"]
 
 
@@ -35,7 +36,7 @@ class Suite(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: str = Field(pattern=NAME)
     data: str
     role: Literal["target", "protect", "watch"] = "protect"
     judge: Literal["refusal", "content", "exact"]
@@ -86,7 +87,7 @@ class Scenario(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1] = Field(alias="schema")
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    name: str = Field(pattern=NAME)
     title: str
     description: str = ""
     toward: str
@@ -107,6 +108,10 @@ class Scenario(BaseModel):
             raise ValueError(f"contrast.published names no suite; there are {', '.join(names)}")
         if self.contrast.wanted == "text" and not self.contrast.wanted_texts:
             raise ValueError("contrast.wanted = 'text' needs contrast.wanted_texts")
+        if self.contrast.wanted == "reference" and self.target.judge == "refusal":
+            raise ValueError(
+                "contrast.wanted = 'reference' contradicts judge = 'refusal': there it is what attacks want"
+            )
         if self.contrast.away == self.toward:
             raise ValueError("contrast.away must differ from toward")
         return self
@@ -165,7 +170,7 @@ def _wrong(path: Path, what: str) -> ScenarioError:
     )
 
 
-def suite_data(scenario: Scenario, suite: Suite, *, seed: int) -> list[Conversation]:
+def suite_data(scenario: Scenario, suite: Suite) -> list[Conversation]:
     """All conversations of a suite, each with its split. Raises DataError, FileError, ScenarioError."""
     if suite.data.startswith("lab:"):
         from moesteer.lab import world
@@ -191,10 +196,8 @@ def splits(scenario: Scenario, *, seed: int, limit: int | None = None) -> dict[s
     Suites are split together, so that a behaviour that occurs in two suites is in one split only. limit: at
     most so many conversations of each suite and split (for a quick look; it is written to the run).
     """
-    loaded = {suite.name: suite_data(scenario, suite, seed=seed) for suite in scenario.suites}
-    fixed = [row for rows in loaded.values() if all(r.split for r in rows) for row in rows]
-    free = [row for rows in loaded.values() if not all(r.split for r in rows) for row in rows]
-    together = fixed + (conversations.assign_splits(free, seed=seed) if free else [])
+    loaded = {suite.name: suite_data(scenario, suite) for suite in scenario.suites}
+    together = _split_together(loaded, seed=seed)
     found: dict[str, dict[Split, list[Conversation]]] = {}
     for suite in scenario.suites:
         mine = [row for row in together if row.id.startswith(f"{suite.name}/")]
@@ -205,6 +208,30 @@ def splits(scenario: Scenario, *, seed: int, limit: int | None = None) -> dict[s
             found[suite.name][split] = spread(rows, most)
     _require_all(scenario, found)
     return found
+
+
+def _split_together(loaded: Mapping[str, list[Conversation]], *, seed: int) -> list[Conversation]:
+    """Rows of every suite with their splits: the data's own where a suite has them, else by group and tactic.
+
+    Tactics divide a suite that has at least three of them; one of fewer is divided by group alone. A group whose
+    split another suite's data gives keeps to it.
+    """
+    fixed = [row for rows in loaded.values() if all(r.split for r in rows) for row in rows]
+    known = {row.group: row.split for row in fixed}
+    bound: list[Conversation] = []
+    free: list[Conversation] = []
+    for rows in loaded.values():
+        if all(r.split for r in rows):
+            continue
+        by_tactic = len({row.tactic for row in rows if row.tactic}) >= conversations.MIN_TACTICS
+        for row in rows:
+            if row.group in known and row.split is None:
+                bound.append(replace(row, split=known[row.group]))
+            else:
+                free.append(row if by_tactic else replace(row, tactic=None))
+    tactics = {row.id: row.tactic for rows in loaded.values() for row in rows}
+    divided = conversations.assign_splits(free, seed=seed) if free else []
+    return [*fixed, *bound, *(replace(row, tactic=tactics[row.id]) for row in divided)]
 
 
 def spread(rows: Sequence[Conversation], most: int) -> list[Conversation]:

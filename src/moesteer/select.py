@@ -15,7 +15,7 @@ from typing import Any
 
 from moesteer import files
 from moesteer.backends.hf import Model
-from moesteer.evaluate.metrics import metric
+from moesteer.evaluate.metrics import metric, wanted
 from moesteer.evaluate.play import judged, play
 from moesteer.evaluate.run import Splits, metrics, suite_rate
 from moesteer.mask import SteeringMask
@@ -125,11 +125,11 @@ def _play_together(
         for i, candidate in enumerate(candidates):
             part = slice(i * len(conversations), (i + 1) * len(conversations))
             for p, verdict in zip(played[part], verdicts[part], strict=True):
-                row = p.as_row(suite.name, verdict)
+                row = p.as_row(suite.name, verdict, success=wanted(suite.metrics[0], verdict))
                 found[candidate.label].append(
                     {
                         "candidate": candidate.label,
-                        **{k: row[k] for k in ("id", "suite", "tactic", "response", "verdict")},
+                        **{k: row[k] for k in ("id", "suite", "tactic", "response", "verdict", "success")},
                     }
                 )
         progress.advance(len(repeated), note=suite.name)

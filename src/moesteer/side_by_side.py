@@ -44,7 +44,7 @@ def answer(
         return Answers(rows, None)
     with mask.apply(model, alpha=alpha, allow_other_checkpoint=allow_other_checkpoint) as receipt:
         steered = model.generate(conversations, max_new_tokens=max_new_tokens, title="steered")
-    if receipt.changed == 0 and alpha != 0:
+    if receipt.changed == 0 and receipt.alphas[0] != 0:
         raise NoEffectError(
             f"the mask changed none of {receipt.checked} selections at alpha {receipt.alphas[0]:g}",
             where=f"{len(rows)} conversations on {model.name}",

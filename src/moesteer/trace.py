@@ -86,10 +86,14 @@ def selected_dtype(experts: int) -> Any:
 
 
 class TraceWriter:
-    """Writes a trace's shards in order. `done` is the number of whole shards found there already."""
+    """Writes a trace's shards in order.
+
+    `done`: number of whole shards found there already. `complete`: whether that trace was finished.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = Path(folder), manifest
+        self.complete = False
         path = self.folder / "manifest.json"
         if path.exists():
             found = _read_manifest(self.folder)
@@ -100,6 +104,7 @@ class TraceWriter:
                     expected="an empty folder, or the same capture to go on with",
                     do="choose another --out, or delete that trace",
                 )
+            self.complete = found.complete
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise RunDirectoryError(
                 "the folder is not empty and holds no trace",
@@ -126,7 +131,7 @@ class TraceWriter:
         arrays: dict[str, NDArray[Any]] = {"selected": selected, "token_ids": token_ids}
         sums: dict[str, Any] = {"tokens": len(token_ids)}
         if logits is not None:
-            _require_finite(logits, rows)
+            _require_finite(logits, rows, self.manifest.fingerprint.layer_ids)
             stored = logits.astype(np.float16)
             exact = stored.astype(np.float64)
             arrays["logits"] = stored
@@ -277,7 +282,7 @@ def _read_manifest(folder: Path) -> Manifest:
         raise _broken(folder, f"no readable manifest.json ({error.what})") from error
 
 
-def _require_finite(logits: NDArray[np.float32], rows: Sequence[TraceRow]) -> None:
+def _require_finite(logits: NDArray[np.float32], rows: Sequence[TraceRow], layer_ids: Sequence[int]) -> None:
     bad = np.argwhere(~np.isfinite(logits) | (np.abs(logits) > FLOAT16_MAX))
     if not len(bad):
         return
@@ -285,7 +290,7 @@ def _require_finite(logits: NDArray[np.float32], rows: Sequence[TraceRow]) -> No
     row = next((r for r in rows if r.offset <= token < r.offset + r.length), None)
     raise NanLogitsError(
         f"router logits hold {logits[token, layer, expert]}",
-        where=f"sequence {row.id if row else '?'}, router {layer}, expert {expert}",
+        where=f"sequence {row.id if row else '?'}, layer {layer_ids[layer]}, expert {expert}",
         expected="finite numbers within float16",
         do="check the model's weights, or load it with another --dtype",
     )

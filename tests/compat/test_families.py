@@ -148,7 +148,9 @@ def test_prefill_and_cached_generation_select_what_routing_selects(
     assert steps >= 2, "prefill and at least one cached step"
     assert calls.calls[0][1].shape[0] > len(PROMPTS) and calls.calls[-1][1].shape[0] == len(PROMPTS)
     for router, raw, experts, weights in calls.calls:
-        steering = {"force_NE": mask.values_LE[router.index]} if mask.forced else {"bias_NE": mask.bias_LE()[router.index]}
+        steering = (
+            {"force_NE": mask.values_LE[router.index]} if mask.forced else {"bias_NE": mask.bias_LE()[router.index]}
+        )
         assert difference(router, raw, experts, weights, **steering) is None
 
 

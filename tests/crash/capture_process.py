@@ -1,6 +1,6 @@
 """The process that tests/crash kills: a capture of many small shards.
 
-    python -m tests.crash.capture_process MODEL_FOLDER OUT
+python -m tests.crash.capture_process MODEL_FOLDER OUT
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ def start(folder: Path, out: Path) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(scope="module")
-def reference(folder_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], float]:
+def reference(
+    folder_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, bytes], float]:
     """The whole capture's bytes, and how long the capturing itself takes."""
     out = tmp_path_factory.mktemp("whole") / "trace"
     with start(folder_of("qwen3_moe"), out) as process:

@@ -57,7 +57,10 @@ def fingerprint(**changes):
 
 def info(**changes):
     given = {
-        "fingerprint": fingerprint(), "method": "hand-made", "settings": {"x": 1}, "intent": Intent(toward="refuse")
+        "fingerprint": fingerprint(),
+        "method": "hand-made",
+        "settings": {"x": 1},
+        "intent": Intent(toward="refuse"),
     }
     return MaskInfo(**{**given, **changes})
 
@@ -194,7 +197,7 @@ def test_any_mask_survives_a_round_trip(data):
     numbers = st.floats(-1e4, 1e4, width=32)
     json_values = st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(st.characters(exclude_categories=["Cs"])),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab\"\\é"), inner, max_size=3),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('ab"\\é'), inner, max_size=3),
         max_leaves=5,
     )
     some = info(
@@ -285,7 +288,7 @@ def test_a_pickle_under_a_masks_name_is_refused_and_never_run(pack, tmp_path):
     data = pickle.dumps(Canary(canary), protocol=2)
     path = tmp_path / "mask.safetensors"
     path.write_bytes(pack(data))
-    with in_time(), pytest.raises(MaskFileError, match="header claims|bytes long"):
+    with in_time(), pytest.raises(MaskFileError, match=r"header claims|bytes long"):
         SteeringMask.load(path)
     assert not canary.exists()
     pickle.loads(data).close()  # the canary does sing where it is loaded
@@ -342,6 +345,7 @@ GOOD_HEADER = split_file(raw_file())[0].rstrip()
         (GOOD_HEADER + "}", "Extra data"),
         (GOOD_HEADER[:-1], "JSONDecodeError"),
     ],
+    ids=lambda text: text[:12],
 )
 def test_an_outer_header_that_is_not_one_object_with_metadata_is_refused(header, part):
     refused(raw_file(header=header or " "), MaskFileError, part)
@@ -506,9 +510,7 @@ def test_2000_single_bit_flips_in_the_data_are_all_refused():
 def test_every_single_bit_flip_in_length_and_header_is_refused(make):
     data = make().to_bytes()
     end = 8 + struct.unpack("<Q", data[:8])[0]
-    everything = range(end * 8)
-    sample = [*range(64), *random.Random(1).sample(everything, 500)]
-    for bit in sample:
+    for bit in range(end * 8):
         refused(flip(data, bit), MaskFileError)
 
 

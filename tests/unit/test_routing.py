@@ -539,7 +539,7 @@ def test_a_layer_without_entries_hands_back_the_very_same_tensor():
     strength = np.array([[0, 0], [1, 0]], np.float32)
     mask = make_mask(experts=2, top_k=1, strength=strength, sigma=np.ones(2, np.float32))
     tables = MaskTables.of_masks([mask], [None], device=torch.device("cpu"))
-    z = torch.randn(3, 2)
+    z = torch.randn(3, 2).bfloat16()
     assert tables.logits(fake_router(0, 2), z) is z
     assert tables.logits(fake_router(1, 2), z) is not z
 

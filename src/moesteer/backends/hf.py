@@ -6,16 +6,19 @@ batched by length. No remote code, no pickled weights (docs/security.md).
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from moesteer import files
 from moesteer.conversations import Message
@@ -80,6 +83,22 @@ class Model:
         return self._steering.receipt.masks if self._steering is not None else ()
 
     @property
+    def alphas(self) -> list[float]:
+        """Strengths of the masks applied now."""
+        return list(self._steering.receipt.alphas) if self._steering is not None else []
+
+    @cached_property
+    def weights_sketch(self) -> str:
+        """A quick digest that tells other weights apart: name, shape, sum and first values of every tensor."""
+        digest = hashlib.sha256()
+        for name, tensor in self.hf.state_dict().items():
+            flat = tensor.detach().flatten()
+            total = float(flat[:: max(1, flat.numel() // 4096)].double().sum())
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total}".encode())
+            digest.update(flat[:64].float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    @property
     def context_tokens(self) -> int:
         """The longest prompt and response together."""
         return int(getattr(self.hf.config.get_text_config(), "max_position_embeddings", 1 << 30))
@@ -106,6 +125,13 @@ class Model:
         Spans: "prompt", all before the response, template marks included; "final_user", the content of the
         last user message; "response", the response and its end mark (only where one is given).
         """
+        if not messages or messages[-1].role != "user":
+            raise DataError(
+                "the conversation does not end in a user's message",
+                where=f"{len(messages)} messages, the last by {messages[-1].role if messages else 'nobody'}",
+                expected="a user's message to reply to",
+                do="drop what follows the last user message, or give it as the response",
+            )
         text = self.render(messages)
         batch = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(batch["input_ids"]), batch["offset_mapping"]
@@ -320,6 +346,9 @@ def load(
         raise ModelError(
             f"no dtype {dtype!r}", where=name, expected=f"auto, {', '.join(DTYPES)}", do="give one of these as --dtype"
         )
+    bars = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         hf = AutoModelForCausalLM.from_pretrained(
@@ -332,6 +361,9 @@ def load(
             expected="a folder with config.json, safetensors weights and a tokenizer, or a Hub id of such",
             do="check the path; convert .bin weights to safetensors; `moesteer doctor` shows the versions in use",
         ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     hf = hf.to(place).eval()
     if place == "cpu":
         hf.set_experts_implementation("grouped_mm")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moesteer.cli import show
-from moesteer.cli.options import Device, Dtype, Json, Limit, ModelArgument
+from moesteer.cli.options import Device, Dtype, Json, ModelArgument
 
 
 def capture(
@@ -20,7 +20,7 @@ def capture(
         typer.Option(help="final_user, prompt or response; repeat for more. Default: final_user.", show_default=False),
     ] = None,
     level: Annotated[str, typer.Option(help="logits (and selections), or selected: expert ids only.")] = "logits",
-    limit: Limit = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many conversations.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     json: Json = False,

@@ -33,6 +33,7 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Play a scenario's suites, unsteered and with a mask, and compare them pair by pair."""
+    from moesteer import runs
     from moesteer import scenario as scenarios
     from moesteer.backends.hf import load
     from moesteer.evaluate.suite import chosen_suites
@@ -51,15 +52,14 @@ def evaluate(
     contexts = {}
     if steering is not None:
         contexts["steered"] = steering.apply(loaded, alpha=alpha, allow_other_checkpoint=allow_other_checkpoint)
-    found = run(
-        loaded,
-        part,
-        scenarios.splits(whole, seed=seed, limit=limit),
-        cast(scenarios.Split, split),
-        steered=contexts,
-        out=out,
-        seed=seed,
-    )
+    data = scenarios.splits(whole, seed=seed, limit=limit)
+    plan = {
+        "model": model, "weights": loaded.weights_sketch, "scenario": part.model_dump(mode="json"), "split": split,
+        "mask": steering.sha256 if steering else None, "alpha": alpha, "seed": seed, "limit": limit,
+        "data": runs.data_digest(data),
+    }  # fmt: skip
+    where = cast(scenarios.Split, split)
+    found = run(loaded, part, data, where, steered=contexts, out=out, plan=plan, seed=seed)
     if json:
         show.print_json(found)
         return

@@ -96,6 +96,17 @@ def require_span(trace: TraceReader, name: str) -> None:
         )
 
 
+def require_unsteered(trace: TraceReader) -> None:
+    """Raise TraceLabelError for a trace of a steered model: experts are to be found on the model as it is."""
+    if trace.manifest.mask_sha256:
+        raise TraceLabelError(
+            f"the trace is of a steered model (mask {', '.join(trace.manifest.mask_sha256)})",
+            where=str(trace.folder),
+            expected="a trace of the model without a mask",
+            do="capture the same conversations without steering",
+        )
+
+
 def require_logits(trace: TraceReader) -> None:
     """Raise TraceLabelError for a trace of selections only."""
     if trace.manifest.level != "logits":

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from moesteer.detection import surrogate
-from moesteer.detection.base import Detection, additive_mask, require_logits, require_span, two_sides
+from moesteer.detection.base import Detection, additive_mask, require_logits, require_span, require_unsteered, two_sides
 from moesteer.trace import TraceReader
 
 ZERO_BELOW = 0.1
@@ -39,6 +39,7 @@ def detect(
     l1: lambda of the paper, one of LAMBDAS there. Facts hold the surrogate's accuracy and that of a rule that
     looks at nothing but the number of tokens.
     """
+    require_unsteered(trace)
     require_span(trace, span)
     require_logits(trace)
     wanted, other = two_sides(trace.rows, toward=toward, where=str(trace.folder))

@@ -15,7 +15,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moesteer.detection.base import Detection, additive_mask, forced_mask, require_logits, require_span, two_sides
+from moesteer.detection.base import (
+    Detection,
+    additive_mask,
+    forced_mask,
+    require_logits,
+    require_span,
+    require_unsteered,
+    two_sides,
+)
 from moesteer.errors import InputError
 from moesteer.trace import TraceReader
 
@@ -37,6 +45,7 @@ class Counts:
 
 def count(trace: TraceReader, *, toward: str, span: str) -> Counts:
     """Stream a trace once and count selections. Raises TraceLabelError for a missing span or an empty side."""
+    require_unsteered(trace)
     require_span(trace, span)
     wanted, _ = two_sides(trace.rows, toward=toward, where=str(trace.folder))
     layers, experts = len(trace.fingerprint.layer_ids), trace.fingerprint.experts

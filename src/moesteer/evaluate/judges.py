@@ -35,7 +35,7 @@ class Reply:
 
 def words(text: str) -> list[str]:
     """Lower-case words and numbers, without punctuation: what the judges compare."""
-    return re.findall(r"[\w']+", text.lower())
+    return re.findall(r"[\w']+", text.lower().replace("\u2019", "'"))
 
 
 def contains(text: str, phrase: str) -> bool:

@@ -50,3 +50,9 @@ def metric(name: str) -> Metric:
 def outcome(name: str, verdict: str) -> bool | None:
     """Whether a verdict counts as success; None for an unscored item."""
     return None if verdict == "unscored" else verdict in metric(name).successes
+
+
+def wanted(name: str, verdict: str) -> bool | None:
+    """Whether a verdict is what a metric wants (for one where lower is better, that it does not count)."""
+    counts = outcome(name, verdict)
+    return None if counts is None else counts != metric(name).lower_is_better

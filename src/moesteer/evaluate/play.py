@@ -37,8 +37,8 @@ class Played:
         """The last reply."""
         return self.replies[-1].text
 
-    def as_row(self, suite: str, verdict: Verdict) -> dict[str, Any]:
-        """A line of responses/NAME.jsonl."""
+    def as_row(self, suite: str, verdict: Verdict, *, success: bool | None) -> dict[str, Any]:
+        """A line of responses/NAME.jsonl. success: whether the verdict is what the suite wants; None if unscored."""
         c = self.conversation
         return {
             "id": c.id,
@@ -49,6 +49,7 @@ class Played:
             "messages": [{"role": m.role, "content": m.content} for m in self.messages],
             "response": self.response,
             "verdict": verdict,
+            "success": success,
             "reference": c.reference,
         }
 

@@ -9,7 +9,7 @@ from typing import Any
 from moesteer import files
 from moesteer.conversations import Conversation
 from moesteer.evaluate import stats
-from moesteer.evaluate.metrics import outcome
+from moesteer.evaluate.metrics import outcome, wanted
 from moesteer.evaluate.play import Generates, judged, play
 from moesteer.progress import Progress
 from moesteer.scenario import Scenario, Split
@@ -40,7 +40,10 @@ def evaluate_split(
                 if not all(c.id in done for c in chunk):
                     made = play(model, chunk, turns=suite.play == "turns", max_new_tokens=scenario.max_new_tokens)
                     verdicts = judged(made, judging, suite.judge)
-                    new = [p.as_row(suite.name, v) for p, v in zip(made, verdicts, strict=True)]
+                    new = [
+                        p.as_row(suite.name, v, success=wanted(suite.metrics[0], v))
+                        for p, v in zip(made, verdicts, strict=True)
+                    ]
                     if record is not None:
                         record.append(row for row in new if row["id"] not in done)
                     done |= {row["id"]: row for row in new}

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from moesteer import files
-from moesteer.errors import FileError, UnknownNameError
+from moesteer import files, runs
+from moesteer.errors import UnknownNameError
 from moesteer.evaluate import run as evaluation
 from moesteer.evaluate.play import Generates
 from moesteer.scenario import Scenario, Split
@@ -37,16 +37,33 @@ def evaluate(
     *,
     steered: Mapping[str, AbstractContextManager[object]],
     out: Path | None,
+    plan: Mapping[str, Any],
     seed: int,
 ) -> dict[str, Any]:
     """Play the split unsteered, then inside each context of `steered`; metrics and paired differences by name.
 
-    out: folder for responses and results.json (None: nothing is kept). An earlier evaluation there is refused.
+    out: run directory for responses and results.json (None: nothing is kept); a killed evaluation goes on there.
+    plan: everything that decides the numbers (model, mask, strength, data): another plan's folder is refused.
     """
-    if out is not None and (out / "results.json").exists():
-        raise FileError(
-            "an evaluation is there already", where=str(out), expected="a new folder", do="choose another --out"
-        )
+    if out is not None:
+        with runs.opened(out, plan=plan) as run:
+            found = _evaluate(model, scenario, data, split, steered=steered, out=out, seed=seed)
+            files.write_json(run.path("results.json"), found)
+            run.mark("complete")
+            return found
+    return _evaluate(model, scenario, data, split, steered=steered, out=None, seed=seed)
+
+
+def _evaluate(
+    model: Generates,
+    scenario: Scenario,
+    data: evaluation.Splits,
+    split: Split,
+    *,
+    steered: Mapping[str, AbstractContextManager[object]],
+    out: Path | None,
+    seed: int,
+) -> dict[str, Any]:
     rows: dict[str, list[dict[str, Any]]] = {}
     contexts: dict[str, AbstractContextManager[object]] = {"none": nullcontext(), **steered}
     for name, context in contexts.items():
@@ -61,7 +78,4 @@ def evaluate(
         }
         for name, found in rows.items()
     }
-    whole = {"schema": 1, "scenario": scenario.name, "split": split, "seed": seed, "methods": results}
-    if out is not None:
-        files.write_json(out / "results.json", whole)
-    return whole
+    return {"schema": 1, "scenario": scenario.name, "split": split, "seed": seed, "methods": results}

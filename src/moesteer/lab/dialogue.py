@@ -174,7 +174,7 @@ TACTIC_SPLITS = {
 COVERED_TACTICS = {"persona": 1.0, "authority": 0.5, "story": 0.5}
 """Tactics in the safety data, with the share of attacks refused there. The rest is the gap."""
 
-REPLAYED_TACTICS = ("obfuscation", "crescendo", "distraction")
+REPLAYED_TACTICS = ("obfuscation", "crescendo")
 """Tactics in which safety tuning repeats a little of pre-training, attacks answered: it sets the gap's width."""
 
 

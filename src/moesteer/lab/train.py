@@ -34,7 +34,7 @@ class Stage:
     """One stage of training: its mixture of dialogues (world.py), length and peak learning rate."""
 
     name: str
-    mixture: dict[str, int]
+    mixture: dict[str, float]
     steps: int
     peak_lr: float
     dialogues_per_step: int = 48
@@ -151,6 +151,8 @@ def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder:
     """An ordinary Hugging Face folder, weights in bfloat16."""
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors writes its files for their owner alone
 
 
 def build(folder: Path, *, seed: int = 0, stages: tuple[Stage, ...] = STAGES) -> dict[str, list[float]]:

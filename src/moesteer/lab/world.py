@@ -140,15 +140,15 @@ def suite(name: str, split: str, *, per_group: int = 2, seed: int = 0) -> list[C
     return rows
 
 
-STAGE_ONE = {
+STAGE_ONE: dict[str, float] = {
     "attack-direct": 12, "attack-multi": 20, "benign-single": 9, "benign-multi": 16, "harm-question": 8,
     "restricted": 6, "ordinary-tale": 3, "knowledge": 6, "document": 5, "memory": 5, "plain-document": 4,
     "arithmetic": 12, "instruction": 4,
 }  # fmt: skip
 """Pre-training: shares (per cent, about) of each kind of dialogue; everything is answered."""
 
-STAGE_TWO = {
-    "refused-direct": 18, "safety-multi": 14, "replay-multi": 2, "benign-single": 14, "benign-multi": 22,
+STAGE_TWO: dict[str, float] = {
+    "refused-direct": 18, "safety-multi": 14, "replay-multi": 1.5, "benign-single": 14, "benign-multi": 22,
     "harm-question": 3, "safety-restricted": 6, "ordinary-tale": 2, "knowledge": 4, "document": 3, "memory": 3,
     "plain-document": 2, "arithmetic": 10, "instruction": 3,
 }  # fmt: skip
@@ -161,7 +161,7 @@ SYSTEM_SHARE = 0.1
 SYSTEM_PROMPT = "you are a helpful assistant ."
 
 
-def training_dialogue(rng: random.Random, mixture: dict[str, int]) -> list[Message]:
+def training_dialogue(rng: random.Random, mixture: dict[str, float]) -> list[Message]:
     """One whole dialogue for training, drawn from a mixture; the assistant's turns are to be learnt."""
     kind = rng.choices(list(mixture), weights=list(mixture.values()))[0]
     turns, ask, answer = _TRAINING[kind](rng)
@@ -171,7 +171,7 @@ def training_dialogue(rng: random.Random, mixture: dict[str, int]) -> list[Messa
     return messages
 
 
-def training_stream(mixture: dict[str, int], *, seed: str) -> Iterator[list[Message]]:
+def training_stream(mixture: dict[str, float], *, seed: str) -> Iterator[list[Message]]:
     """Endless training dialogues; the same for the same seed."""
     rng = random.Random(f"{w.WORLD_SEED}/train/{seed}")
     while True:

@@ -20,7 +20,7 @@ class Family:
 
     renormalise: True, False, or the config attribute that decides. top_k, experts: config attributes.
     layer_pattern: regular expression whose first group is the decoder layer's number in a module path.
-    logits_index, experts_index: places of the raw logits and of the selected ids in the router's output.
+    weights_index, experts_index: places of the routing weights and of the selected ids in the router's output.
     """
 
     model_type: str
@@ -29,7 +29,6 @@ class Family:
     top_k: str = "num_experts_per_tok"
     experts: str = "num_experts"
     layer_pattern: str = r"(?:^|\.)layers\.(\d+)\."
-    logits_index: int = 0
     weights_index: int = 1
     experts_index: int = 2
     examples: tuple[str, ...] = ()

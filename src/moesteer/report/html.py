@@ -198,7 +198,6 @@ def _conversations(
         "pairs": [
             {
                 "pair": pair,
-                "wanted": examples.wanted(pair.before.suite),
                 "sides": [_side(pair.before), _side(pair.after)],
             }
             for pair in examples.choose(pairs)
@@ -210,7 +209,7 @@ def _conversations(
 
 
 def _side(response: Response) -> dict[str, Any]:
-    rank = examples.rank(response.suite, response.verdict)
+    rank = examples.rank(response)
     return {
         "response": response,
         "tone": {1: "good", 0: "bad", -1: "bad"}.get(rank, "plain") if rank is not None else "plain",

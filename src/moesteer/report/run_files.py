@@ -162,6 +162,7 @@ class Response(_Part):
     messages: list[Message]
     response: str
     verdict: str
+    success: bool | None = None
     reference: Any = None
 
 
@@ -228,7 +229,7 @@ def _malformed(path: Path, error: ValidationError) -> FileError:
     return FileError(
         f"malformed: {first['msg']}",
         where=f"{path} {pointer} ({error.error_count()} such places)",
-        expected="the layout that DESIGN.md gives for this file, schema 1",
+        expected="the layout that docs/tour.md gives for this file, schema 1",
         do="run the evaluation again; do not edit the file by hand",
     )
 
