@@ -112,7 +112,8 @@ def measure(group: dict[str, Callable[[], None]], *, rounds: int, seed: int) -> 
         medians = np.median(ratios[draws], axis=1)
         low, high = np.quantile(medians, [0.025, 0.975])
         found[name] = {
-            "seconds": float(np.median(seconds[name])), "ratio": float(np.median(ratios)), "low": float(low), "high": float(high),
+            "seconds": float(np.median(seconds[name])), "ratio": float(np.median(ratios)),
+            "low": float(low), "high": float(high),
         }  # fmt: skip
     return found
 

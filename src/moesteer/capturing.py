@@ -93,7 +93,8 @@ def capture(
     mask_sha256 = model.mask_sha256
     extra = {
         "spans": list(spans), "level": level, "model": model.fingerprint.router_sha256,
-        "weights": model.weights_sketch, "dtype": str(model.hf.dtype), "masks": list(mask_sha256), "alphas": model.alphas,
+        "weights": model.weights_sketch, "dtype": str(model.hf.dtype), "masks": list(mask_sha256),
+        "alphas": model.alphas,
     }  # fmt: skip
     manifest = Manifest(
         fingerprint=model.fingerprint, mask_sha256=mask_sha256, level=level, spans=tuple(spans),

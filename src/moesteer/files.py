@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import stat
@@ -51,9 +52,9 @@ def write_bytes(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise FileError(
-            f"could not write the file: {error.strerror or error}",
+            f"could not write the file: {getattr(error, 'strerror', None) or error}",
             where=str(path),
             expected="a folder that can be written to, with room on the disk",
             do="choose another --out, or free some space, and run the same command again",
@@ -97,19 +98,22 @@ def read_bytes(path: Path, *, kind: str) -> bytes:
     limit = LIMITS_BYTES[kind]
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as handle:
-            mode = os.fstat(handle.fileno()).st_mode
+        try:
+            mode = os.fstat(descriptor).st_mode
             if not stat.S_ISREG(mode):
                 raise FileError(
-                    "not a regular file",
+                    "Is a directory" if stat.S_ISDIR(mode) else "not a regular file",
                     where=str(path),
                     expected=f"a {kind} file",
                     do="give the path of the file itself, not of a folder, pipe or device",
                 )
-            data = handle.read(limit + 1)
-    except OSError as error:
+            with os.fdopen(descriptor, "rb", closefd=False) as handle:
+                data = handle.read(limit + 1)
+        finally:
+            os.close(descriptor)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise FileError(
-            f"could not read the file: {error.strerror or error}",
+            f"could not read the file: {getattr(error, 'strerror', None) or error}",
             where=str(path),
             expected=f"a {kind} file that can be read",
             do="check the path and its permissions",
@@ -135,8 +139,16 @@ def read_json(path: Path, *, kind: str = "json") -> Any:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Strict JSON: no NaN or Infinity, no repeated keys. Raises ValueError, RecursionError."""
-    return json.loads(data, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeats)
+    """Strict JSON: UTF-8, no NaN or Infinity (nor 1e999), no repeated keys. Raises ValueError, RecursionError."""
+    text = data.decode("utf-8") if isinstance(data, bytes) else data
+    return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_refuse_repeats)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large a number")
+    return value
 
 
 def _refuse_constant(name: str) -> Any:

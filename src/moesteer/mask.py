@@ -192,6 +192,13 @@ class SteeringMask:
     @classmethod
     def from_bytes(cls, data: bytes, *, where: str) -> SteeringMask:
         """Parse and check a mask file's bytes: structure, metadata, sha256, numbers."""
+        try:
+            return cls._parse(data, where=where)
+        except (ValueError, RecursionError) as error:  # text or numbers that canonical JSON cannot hold
+            raise _bad_file(f"its metadata cannot be hashed ({error})", where=where) from error
+
+    @classmethod
+    def _parse(cls, data: bytes, *, where: str) -> SteeringMask:
         header = _metadata(data, where=where)
         try:
             tensors = load_tensors(data)
@@ -276,12 +283,17 @@ def _content_error(what: str, *, where: str, do: str) -> MaskContentError:
 def _check_content(mask: SteeringMask) -> None:
     fingerprint = mask.info.fingerprint
     shape = (len(fingerprint.layer_ids), fingerprint.experts)
-    additive = mask.strength_LE is not None and mask.sigma_L is not None
-    if additive == (mask.force_LE is not None) or mask.values_LE.shape != shape:
+    given = {
+        name: (table.dtype, table.shape)
+        for name, table in (("strength", mask.strength_LE), ("sigma", mask.sigma_L), ("force", mask.force_LE))
+        if table is not None
+    }
+    additive = {"strength": (np.dtype("<f4"), shape), "sigma": (np.dtype("<f4"), shape[:1])}
+    if given not in (additive, {"force": (np.dtype(np.int8), shape)}):
         raise _content_error(
-            "the mask's tables do not fit together",
+            f"the mask's tables do not fit together: {given or 'there are none'}",
             where=f"a {mask.info.method} mask for {shape[0]} layers of {shape[1]} experts",
-            do="give strength_LE and sigma_L, or force_LE, one row per layer id",
+            do="give strength_LE [L, E] and sigma_L [L] as float32, or force_LE [L, E] as int8; never both",
         )
     if not np.isfinite(mask.info.alpha):
         raise _content_error("alpha is not a number", where="the mask's metadata", do="detect the mask again")

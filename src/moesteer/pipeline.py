@@ -28,7 +28,7 @@ from moesteer.detection.controls import random_like
 from moesteer.evaluate import run as evaluation
 from moesteer.evaluate import stats
 from moesteer.mask import SteeringMask
-from moesteer.methods import CONTROL, METHODS, Material, method
+from moesteer.methods import CONTROL, METHODS, Material, method, settings_for
 from moesteer.scenario import Scenario
 from moesteer.select import Candidate, Scored, accepted, choose, score
 from moesteer.trace import TraceReader
@@ -73,6 +73,8 @@ def steer(
     """
     wanted = [method(name).name for name in methods]
     loaded_scenario = scenarios.load(scenario)
+    for name, given in loaded_scenario.settings.items():
+        settings_for(method(name).name, given)  # a wrong name is said before anything runs
     data = scenarios.splits(loaded_scenario, seed=seed, limit=limit)
     plan = {
         "model": str(model), "scenario": loaded_scenario.model_dump(mode="json"), "methods": wanted, "seed": seed,
@@ -165,6 +167,7 @@ class _Steering:
         return Material(
             model=self.model, pairs=pairs, turns=turns, targets=self._encode(made.targets),
             keeps=self._encode(made.keeps), toward=self.scenario.toward, seed=self.seed,
+            settings=self.scenario.settings,
         )  # fmt: skip
 
     def _capture(self, rows: list[Conversation], name: str, span: Any) -> TraceReader:
@@ -274,7 +277,7 @@ class _Steering:
     ) -> list[dict[str, Any]]:
         changed = sum(a["response"] != b["response"] for a, b in zip(rows["none"], rows[NULL], strict=True))
         checks = [
-            _check("self-check at load", True, "one steered layer selects what routing.py selects; bit for bit off again"),
+            _check("self-check at load", True, "one steered layer selects what routing.py selects, and comes off"),
             _check("unsteered twice gives the same replies", changed == 0, f"{changed} of {len(rows['none'])} differ"),
             _check(
                 "a method within the margins was found", best is not None,

@@ -163,7 +163,9 @@ def select(
     if scoring.kind == "topk-softmax":
         weights = softmax(weights)
     elif scoring.renormalise:
-        weights = weights / weights.sum(axis=-1, keepdims=True, dtype=np.float32)
+        # sigmoids may all underflow: the same guard as transformers'
+        guard = np.float32(1e-20 if scoring.kind == "sigmoid" else 0.0)
+        weights = weights / (weights.sum(axis=-1, keepdims=True, dtype=np.float32) + guard)
     return Selection(chosen, (weights * np.float32(scoring.scale)).astype(np.float32))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from moesteer import files
 from moesteer.conversations import Conversation, to_row
-from moesteer.errors import RunDirectoryError
+from moesteer.errors import FileError, RunDirectoryError
 
 VERSIONED = ("moesteer", "torch", "transformers", "numpy", "safetensors")
 
@@ -82,10 +82,13 @@ def opened(folder: Path, *, plan: Mapping[str, Any], fresh: bool = False) -> Ite
     """
     folder = Path(folder)
     path = folder / "run.json"
-    if folder.exists() and not folder.is_dir():
-        raise _not_ours(folder, "it is a file")
-    if folder.is_dir() and any(folder.iterdir()) and not path.exists() and not (folder / ".lock").exists():
-        raise _not_ours(folder, "it is not empty and holds no run")
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise _not_ours(folder, "it is a file")
+        if folder.is_dir() and {entry.name for entry in folder.iterdir()} - {".lock"} and not _is_run(path):
+            raise _not_ours(folder, "it is not empty and holds no run")
+    except (OSError, ValueError) as error:
+        raise _not_ours(folder, f"it cannot be looked at: {error}") from error
     with _locked(folder):
         if fresh:
             _empty(folder)
@@ -101,7 +104,7 @@ def opened(folder: Path, *, plan: Mapping[str, Any], fresh: bool = False) -> Ite
                     expected="a new folder, or the same command to go on with",
                     do="choose another --out, or give --fresh to delete that run and start again",
                 )
-            state = found
+            state = {key: value for key, value in found.items() if key != "error"}
         run = Run(folder, plan, state)
         if not run.complete:
             run.mark("running")
@@ -113,6 +116,17 @@ def opened(folder: Path, *, plan: Mapping[str, Any], fresh: bool = False) -> Ite
         except Exception as error:
             run.mark("failed", error=str(error))
             raise
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a run.json is one of ours: nothing else is gone on with or deleted."""
+    if not path.exists():
+        return False
+    try:
+        found = files.read_json(path)
+    except FileError:
+        return False
+    return isinstance(found, dict) and found.get("schema") == 1 and "plan" in found
 
 
 @contextmanager

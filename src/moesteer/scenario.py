@@ -82,7 +82,10 @@ class JudgingRules(BaseModel):
 
 
 class Scenario(BaseModel):
-    """A whole scenario; `folder` is where its data files are."""
+    """A whole scenario; `folder` is where its data files are.
+
+    settings: by method name, what to try on the select split and the method's own settings (methods.GRIDS).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -94,6 +97,7 @@ class Scenario(BaseModel):
     contrast: Contrast
     suites: tuple[Suite, ...] = Field(alias="suite", min_length=1)
     judging: JudgingRules = JudgingRules()
+    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     max_new_tokens: int = Field(default=128, ge=1, le=4096)
     folder: Path = Field(default=Path(), exclude=True)
 
@@ -141,7 +145,7 @@ def load(name: str | Path) -> Scenario:
     path = Path(name)
     if path.suffix != ".toml":
         path = BUILT_IN / f"{name}.toml"
-        if not path.is_file():
+        if str(name) not in built_in():
             raise ScenarioError(
                 f"no scenario {str(name)!r}",
                 where="--scenario",
@@ -151,12 +155,12 @@ def load(name: str | Path) -> Scenario:
     try:
         raw = tomllib.loads(files.read_bytes(path, kind="scenario").decode("utf-8"))
         return Scenario.model_validate({**raw, "folder": path.parent})
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _wrong(path, f"not valid TOML: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise _wrong(path, f"{place + ': ' if place else ''}{first['msg']}") from error
+    except (ValueError, RecursionError) as error:
+        raise _wrong(path, f"not valid TOML: {error}") from error
 
 
 def built_in() -> list[str]:
@@ -214,7 +218,7 @@ def _split_together(loaded: Mapping[str, list[Conversation]], *, seed: int) -> l
     """Rows of every suite with their splits: the data's own where a suite has them, else by group and tactic.
 
     Tactics divide a suite that has at least three of them; one of fewer is divided by group alone. A group whose
-    split another suite's data gives keeps to it.
+    split another suite's data gives keeps to it; its rows in other splits are left out.
     """
     fixed = [row for rows in loaded.values() if all(r.split for r in rows) for row in rows]
     known = {row.group: row.split for row in fixed}
@@ -225,13 +229,14 @@ def _split_together(loaded: Mapping[str, list[Conversation]], *, seed: int) -> l
             continue
         by_tactic = len({row.tactic for row in rows if row.tactic}) >= conversations.MIN_TACTICS
         for row in rows:
-            if row.group in known and row.split is None:
+            if row.group in known and row.split is None and not by_tactic:
                 bound.append(replace(row, split=known[row.group]))
             else:
                 free.append(row if by_tactic else replace(row, tactic=None))
     tactics = {row.id: row.tactic for rows in loaded.values() for row in rows}
     divided = conversations.assign_splits(free, seed=seed) if free else []
-    return [*fixed, *bound, *(replace(row, tactic=tactics[row.id]) for row in divided)]
+    kept = [row for row in divided if known.get(row.group, row.split) == row.split]
+    return [*fixed, *bound, *(replace(row, tactic=tactics[row.id]) for row in kept)]
 
 
 def spread(rows: Sequence[Conversation], most: int) -> list[Conversation]:

@@ -174,8 +174,7 @@ def test_a_span_that_was_not_captured_is_refused(traced):
         assert "prompt, response" in caught.value.what and "--span final_user" in caught.value.expected
 
 
-# BUG: a sequence whose row lacks the span is counted whole: selected[None] adds an axis instead of selecting nothing.
-def test_bug_a_sequence_without_the_span_is_not_counted(tmp_path):
+def test_a_sequence_without_the_span_is_not_counted(tmp_path):
     trace, plain = write_trace(tmp_path / "t")
     first = replace(trace.rows[0], span_names=("prompt", "other"))
     trace.rows = (first, *trace.rows[1:])
@@ -188,10 +187,9 @@ def test_bug_a_sequence_without_the_span_is_not_counted(tmp_path):
     assert [found.wanted_tokens, found.other_tokens] == tokens and found.wanted_LE.tolist() == tables[0]
 
 
-# BUG: with no token on one side D is 0 / 0 = NaN, which is "not <= 0": the first experts of layer 0 are switched on.
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("form", ["forced", "additive"])
-def test_bug_a_side_without_tokens_is_refused(form, tmp_path):
+def test_a_side_without_tokens_is_refused(form, tmp_path):
     lengths = [(3, 0 if label == "refuse" else 2) for label in LABELS]
     trace, _ = write_trace(tmp_path / "t", lengths=lengths)
     with pytest.raises(MoesteerError):

@@ -406,8 +406,7 @@ def test_a_whole_row_of_minus_infinity_and_a_float16_overflow_are_refused():
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
-def test_bug_renormalised_sigmoid_weights_stay_finite_when_all_scores_underflow():
-    # BUG: 0 / 0 = NaN. transformers (DeepseekV3TopkRouter, Glm4Moe, Dots1) adds 1e-20 to the denominator.
+def test_renormalised_sigmoid_weights_stay_finite_when_all_scores_underflow():
     found = select(np.full((1, 4), -200.0, np.float32), Scoring("sigmoid", 2, renormalise=True))
     assert np.isfinite(found.weights_TK).all()
 

@@ -119,6 +119,11 @@ FAULTS = {
     "name empty": (replaced('"mine"', '""'), "name: String should match"),
     "name upper case": (replaced('"mine"', '"Mine"'), "name: String should match"),
     "name too long": (replaced('"mine"', f'"{"m" * 65}"'), "name: String should match"),
+    "suite name with a slash": (replaced('name = "quiet"', 'name = "loud/quiet"'), "suite.1.name: String should match"),
+    "suite name with a path": (replaced('name = "quiet"', 'name = "../../x"'), "suite.1.name: String should match"),
+    "reference wanted of an attack": (
+        replaced('away = "comply"', 'away = "comply"\nwanted = "reference"'), "contradicts judge = 'refusal'"
+    ),
     "tokens negative": ("max_new_tokens = -1" + GOOD, "max_new_tokens"),
     "tokens zero": ("max_new_tokens = 0" + GOOD, "max_new_tokens"),
     "tokens huge": ("max_new_tokens = 5000" + GOOD, "max_new_tokens"),
@@ -198,20 +203,17 @@ def test_an_unknown_name_is_refused_and_the_known_ones_listed(name):
     assert ", ".join(BUILT_IN) in caught.value.expected
 
 
-# BUG: Path.is_file lets ENAMETOOLONG through: OSError.
-def test_bug_a_name_that_is_too_long_is_refused():
+def test_a_name_that_is_too_long_is_refused():
     with pytest.raises(ScenarioError, match="no scenario"):
         scenario.load("x" * 300)
 
 
-# BUG: tomllib raises a plain ValueError for an integer of more than 4,300 digits.
-def test_bug_a_number_of_5000_digits_is_a_scenario_error(tmp_path):
+def test_a_number_of_5000_digits_is_a_scenario_error(tmp_path):
     with pytest.raises(ScenarioError):
         load_text(tmp_path, "x = " + "1" * 5000 + GOOD)
 
 
-# BUG: a NUL in `data` ends in ValueError from os.open.
-def test_bug_a_nul_in_data_is_a_named_error(tmp_path):
+def test_a_nul_in_data_is_a_named_error(tmp_path):
     loaded = load_text(tmp_path, replaced('"loud.jsonl"', '"a\\u0000b.jsonl"'))
     with pytest.raises(MoesteerError):
         scenario.suite_data(loaded, loaded.target)
@@ -258,9 +260,8 @@ def test_no_behaviour_of_a_lab_scenarios_target_or_dialogues_is_in_two_splits(na
     assert overlaps({suite: by_split for suite, by_split in found.items() if suite not in sums}) == {}
 
 
-# BUG: the lab draws sums and word exercises for each split on its own: 37 of their groups are in two splits or three.
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_bug_no_behaviour_of_any_suite_is_in_two_splits(name):
+def test_no_behaviour_of_any_suite_is_in_two_splits(name):
     assert overlaps(scenario.splits(scenario.load(name), seed=0)) == {}
 
 
@@ -346,21 +347,18 @@ def test_splits_that_the_data_has_are_kept(tmp_path):
     }  # fmt: skip
 
 
-# BUG: "Suites are split together, so that a behaviour that occurs in two suites is in one split only" does not hold
-# between a suite whose data has splits and one whose data has none.
-def test_bug_a_behaviour_keeps_its_split_in_a_suite_without_splits(tmp_path):
-    loaded = mine(tmp_path, given_splits("l", range(12)), many("q", range(12)))
-    assert overlaps(scenario.splits(loaded, seed=0)) == {}
+def test_a_behaviour_keeps_its_split_in_a_suite_without_splits(tmp_path):
+    loaded = mine(tmp_path, given_splits("l", range(12)), many("q", range(20)))
+    for seed in range(4):
+        assert overlaps(scenario.splits(loaded, seed=seed)) == {}
 
 
-# BUG: rows are told apart by the prefix of their id, so that suite "a" takes the rows of suite "a/b" as its own.
-def test_bug_a_suite_takes_no_rows_of_a_suite_whose_name_begins_with_its_own(tmp_path):
-    text = GOOD.replace('name = "quiet"', 'name = "loud/quiet"').replace('published = "quiet"', 'published = "loud"')
-    try:
-        found = scenario.splits(mine(tmp_path, many("l", range(9)), many("q", range(20, 40)), text), seed=0)
-    except ScenarioError:
-        return  # such a name may as well be refused
-    assert {r.id.split("-")[0] for rows in found["loud"].values() for r in rows} == {"loud/l"}
+# holds tactics that fit has seen.
+def test_tactics_stay_divided_where_another_suite_gives_the_groups_their_splits(tmp_path):
+    loud = [row(f"{g}-{t}", f"group {g}", tactic=f"t{t}") for g in range(12) for t in range(6)]
+    found = scenario.splits(mine(tmp_path, loud, given_splits("q", range(6))), seed=3)
+    tactics = [{r.tactic for r in found["loud"][split]} for split in SPLITS]
+    assert sum(map(len, tactics)) == len(set().union(*tactics))
 
 
 def test_partly_given_splits_are_refused(tmp_path):

@@ -24,7 +24,7 @@ from moesteer.detection.base import (
     require_unsteered,
     two_sides,
 )
-from moesteer.errors import InputError
+from moesteer.errors import InputError, TraceLabelError
 from moesteer.trace import TraceReader
 
 
@@ -56,9 +56,24 @@ def count(trace: TraceReader, *, toward: str, span: str) -> Counts:
         if row.label is None:
             continue
         side = 0 if row.id in wanted else 1
-        selected = arrays["selected"][row.span(span)].astype(np.int64)
+        part = row.span(span)
+        if part is None:
+            raise TraceLabelError(
+                f"a sequence lacks the span {span!r}",
+                where=f"{trace.folder}, sequence {row.id}",
+                expected=f"{span} tokens in every labelled sequence",
+                do="capture the conversations again with that span",
+            )
+        selected = arrays["selected"][part].astype(np.int64)
         tables[side] += np.bincount((selected + offsets).ravel(), minlength=layers * experts).reshape(layers, experts)
         tokens[side] += len(selected)
+    if not all(tokens):
+        raise TraceLabelError(
+            f"one side of the contrast has no token in the span {span!r}",
+            where=f"{trace.folder}: {tokens[0]} tokens labelled {toward!r}, {tokens[1]} others",
+            expected="tokens on both sides",
+            do="give conversations whose span is not empty",
+        )
     return Counts(tables[0], tables[1], tokens[0], tokens[1])
 
 

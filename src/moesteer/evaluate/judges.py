@@ -35,12 +35,13 @@ class Reply:
 
 def words(text: str) -> list[str]:
     """Lower-case words and numbers, without punctuation: what the judges compare."""
-    return re.findall(r"[\w']+", text.lower().replace("\u2019", "'"))
+    return re.findall(r"\w+(?:'\w+)*", text.lower().replace("\u2019", "'"))
 
 
 def contains(text: str, phrase: str) -> bool:
-    """Whether the phrase's words stand in the text in a row."""
-    return f" {' '.join(words(phrase))} " in f" {' '.join(words(text))} "
+    """Whether the phrase's words stand in the text in a row; a phrase without words stands nowhere."""
+    wanted = " ".join(words(phrase))
+    return bool(wanted) and f" {wanted} " in f" {' '.join(words(text))} "
 
 
 def repeats_itself(text: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -134,8 +135,10 @@ def suite(name: str, split: str, *, per_group: int = 2, seed: int = 0) -> list[C
                     add(f"{relation} of {country}", _messages([], ask), reference, tactic=None, label=name)
     else:
         make = d.arithmetic if name == "arithmetic" else d.instruction
-        for _ in range(48 * per_group):
+        while len(rows) < 48 * per_group:
             ask, reference = make(rng)
+            if SPLITS[zlib.crc32(ask.encode()) % len(SPLITS)] != split:
+                continue  # every question belongs to one split
             add(ask, _messages([], ask), reference, tactic=None, label=name)
     return rows
 
