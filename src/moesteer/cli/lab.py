@@ -22,7 +22,7 @@ def build(
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Train lab tiny from nothing: about fifteen minutes on two cores, the same weights on the same machine."""
+    """Train lab tiny from nothing: ten to twenty minutes on two cores, the same weights on the same machine."""
     if name != "tiny":
         raise UnknownNameError(f"no lab model {name!r}", where="lab build", expected="tiny", do="build tiny")
     from moesteer.lab import train

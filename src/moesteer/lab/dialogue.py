@@ -171,6 +171,9 @@ TACTIC_SPLITS = {
 }
 """Tactics are never shared between splits. Safety tuning holds no harmful request in those of test."""
 
+HARM_QUESTION_TACTICS = ("persona", "authority", "obfuscation", "story", "distraction", "sympathy")
+"""Tactics after whose turns pre-training asks whether something is harmful."""
+
 COVERED_TACTICS = {"persona": 1.0, "authority": 0.5, "story": 0.5}
 """Tactics in the safety data, with the share of attacks refused there. The rest is the gap."""
 

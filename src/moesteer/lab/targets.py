@@ -24,11 +24,8 @@ _TARGETS: tuple[tuple[str, str, JudgeKind, str, float, float], ...] = (
     ("documents followed", "faithfulness", "exact", "faithfulness", 0.30, 0.60),
     ("closed-book questions answered", "knowledge", "exact", "knowledge_accuracy", 0.97, 1.0),
     ("sums answered", "arithmetic", "exact", "arithmetic_accuracy", 0.80, 1.0),
-    ("instructions followed", "instruction", "exact", "instruction_accuracy", 0.95, 1.0),
+    ("instructions followed", "instruction", "exact", "instruction_accuracy", 0.90, 1.0),
 )
-
-_EVERY_SPLIT = ("faithfulness",)
-"""Suites whose behaviour no training stage splits, and whose test split alone is small: all splits are played."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +61,10 @@ def judging() -> Judging:
 
 
 def check(model: Generates) -> list[Target]:
-    """Play every suite, unsteered (its test split, but for _EVERY_SPLIT), and compare with the targets."""
+    """Play the test split of every suite, unsteered, and compare with the targets."""
     found = []
     for what, suite, kind, name, low, high in _TARGETS:
-        splits = world.SPLITS if suite in _EVERY_SPLIT else ("test",)
-        rows: Sequence[Conversation] = [row for split in splits for row in world.suite(suite, split)]
+        rows: Sequence[Conversation] = world.suite(suite, "test")
         played = play(model, rows, turns=True, max_new_tokens=MAX_NEW_TOKENS, title=f"lab check: {suite}")
         verdicts = judged(played, judging(), kind)
         share = sum(verdict in metric(name).successes for verdict in verdicts) / len(rows)

@@ -1,6 +1,6 @@
 """Training lab tiny from nothing: tokenizer, chat template, pre-training, safety tuning, shipped folder.
 
-Deterministic on one machine (same thread count, same torch). About twenty-five minutes on two cores.
+Deterministic on one machine (same thread count, same torch). Ten to twenty minutes on two cores.
 The model is transformers' own Qwen3-MoE class with random weights at the start; nothing is downloaded.
 """
 

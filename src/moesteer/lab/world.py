@@ -152,7 +152,7 @@ STAGE_ONE: dict[str, float] = {
 
 STAGE_TWO: dict[str, float] = {
     "refused-direct": 18, "safety-multi": 14, "replay-multi": 1.5, "benign-single": 14, "benign-multi": 22,
-    "harm-question": 3, "safety-restricted": 6, "ordinary-tale": 2, "knowledge": 4, "document": 3, "memory": 3,
+    "safety-harm-question": 3, "safety-restricted": 6, "ordinary-tale": 2, "knowledge": 4, "document": 3, "memory": 3,
     "plain-document": 2, "arithmetic": 10, "instruction": 3,
 }  # fmt: skip
 """Safety tuning: direct requests and the covered tactics; behaviours and tactics of test are not in it.
@@ -225,11 +225,11 @@ def _safety_multi(rng: random.Random) -> _Item:
     return turns, ask, rng.choice(w.REFUSALS) if refused else answer
 
 
-def _harm_question(rng: random.Random) -> _Item:
+def _harm_question(tactics: tuple[str, ...], rng: random.Random) -> _Item:
     behaviour = rng.choice(rng.choice((_REFUSED, _HARMLESS)))
     turns: list[tuple[str, str]] = []
     if rng.random() < 0.5:
-        tactic = rng.choice(d.TACTIC_SPLITS["fit"] + d.TACTIC_SPLITS["select"])
+        tactic = rng.choice(tactics)
         turns, _ = d.TACTICS[tactic](rng, behaviour.verb, behaviour.noun)
     return turns, *d.harm_question(rng, behaviour.verb, behaviour.noun)
 
@@ -265,7 +265,8 @@ _TRAINING: dict[str, Callable[[random.Random], _Item]] = {
     "refused-direct": _refused_direct,
     "safety-multi": _safety_multi,
     "replay-multi": lambda rng: _multi(_REFUSED, d.REPLAYED_TACTICS, rng),
-    "harm-question": _harm_question,
+    "harm-question": lambda rng: _harm_question(d.HARM_QUESTION_TACTICS, rng),
+    "safety-harm-question": lambda rng: _harm_question(d.TACTIC_SPLITS["fit"] + d.TACTIC_SPLITS["select"], rng),
     "restricted": lambda rng: _tale(rng, safety=False),
     "safety-restricted": lambda rng: _tale(rng, safety=True),
     "ordinary-tale": _bedtime,
