@@ -49,7 +49,7 @@ GRIDS: Mapping[str, Mapping[str, Any]] = {
         "forced": ((5, 0), (10, 0), (0, 15), (5, 15)), "experts": (24,), "alphas": (0.5, 1.0, 2.0),
     },
     "masc-published": {"lambdas": (0.0, 1e-3), "alphas": (0.25, 0.5, 1.0, 2.0)},
-    "direct": {"alphas": (0.2, 0.3, 0.4, 0.5, 0.75)},
+    "direct": {"alphas": (0.2, 0.25, 0.3, 0.35, 0.4, 0.5)},
 }  # fmt: skip
 """What is tried on the select split. A scenario's [settings.METHOD] replaces any of these, and adds the method's own
 settings (`moesteer methods`)."""
