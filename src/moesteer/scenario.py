@@ -208,8 +208,9 @@ def splits(scenario: Scenario, *, seed: int, limit: int | None = None) -> dict[s
         found[suite.name] = {}
         for split in ("fit", "select", "test"):
             rows = [row for row in mine if row.split == split]
-            most = min(x for x in (suite.limit, limit, len(rows)) if x is not None)
-            found[suite.name][split] = spread(rows, most)
+            for most in (suite.limit, limit):
+                rows = spread(rows, min(most, len(rows))) if most is not None else rows
+            found[suite.name][split] = rows
     _require_all(scenario, found)
     return found
 

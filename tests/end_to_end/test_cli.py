@@ -225,7 +225,7 @@ def _nothing(folder: Path) -> None:
     ("make", "error", "what"),
     [
         (_dense, DenseModelError, "dense: it has no router"),
-        (_unknown, UnknownRouterError, "no family row for model type 'jamba' (found: JambaTopKRouter"),
+        (_unknown, UnknownRouterError, "no family row for model type 'jamba' (found: "),
         (_unsafe, UnsafeModelError, "auto_map"),
         (_internal, UnsafeModelError, "_attn_implementation_internal"),
         (_pickled, ModelError, "could not load"),
@@ -280,7 +280,7 @@ def test_bad_input_is_named(tmp_path: Path, mask_file: Path, pairs_file: Path) -
     cases: list[tuple[tuple[object, ...], type[MoesteerError], str]] = [
         (("mask", "show", cut), MaskFileError, "not a whole steering mask"),
         (("mask", "show", tmp_path / "none"), FileError, "No such file"),
-        (("capture", "lab-tiny", empty, "--out", tmp_path / "a"), EmptyDataError, "no conversation"),
+        (("capture", "lab-tiny", empty, "--out", tmp_path / "a"), EmptyDataError, "empty"),
         (("capture", "lab-tiny", mask_file, "--out", tmp_path / "a"), DataError, ""),
         (("capture", "lab-tiny", pairs_file, "--out", tmp_path / "a", "--span", "all"), UnknownNameError, "no span"),
         ((*detect, "best", "--toward", "refuse"), UnknownNameError, "no method 'best'"),

@@ -36,7 +36,8 @@ def test_the_shipped_tokenizer_is_the_one_that_building_makes(lab_tiny: Model) -
 @pytest.mark.parametrize("name", world.SUITES)
 def test_suites_are_the_same_every_time_and_differ_by_seed(name: str) -> None:
     assert world.suite(name, "test") == world.suite(name, "test")
-    assert world.suite(name, "test") != world.suite(name, "test", seed=1)
+    if name != "knowledge":  # every question of it is asked, in one wording
+        assert world.suite(name, "test") != world.suite(name, "test", seed=1)
 
 
 @pytest.mark.parametrize("name", [n for n in world.SUITES if n not in ("arithmetic", "instruction")])

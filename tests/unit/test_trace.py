@@ -191,7 +191,7 @@ def test_nan_and_overflowing_logits_are_refused_and_leave_no_shard(model: Model,
         logits = np.zeros((2, layers, experts), dtype=np.float32)
         logits[1, 1, 3] = value
         row = TraceRow("a", "g", None, None, None, 0, 0, 2, ("prompt",), (2,))
-        with pytest.raises(NanLogitsError, match=r"sequence a, router 1, expert 3"):
+        with pytest.raises(NanLogitsError, match=r"sequence a, layer 1, expert 3"):
             writer.write_shard(
                 [row], selected=np.zeros((2, layers, top_k), np.uint8), token_ids=np.zeros(2, np.int32), logits=logits
             )

@@ -365,9 +365,9 @@ def load(
         if bars:
             logging.enable_progress_bar()
     hf = hf.to(place).eval()
+    loaded = Model(hf, tokenizer, name=name)
     if place == "cpu":
         hf.set_experts_implementation("grouped_mm")
-    loaded = Model(hf, tokenizer, name=name)
     if check:
         self_check(loaded.hf, loaded.tap, vocabulary=len(tokenizer))
     return loaded
