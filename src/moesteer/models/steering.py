@@ -120,7 +120,8 @@ class MaskTables:
                 expected="every row of the batch of the same padded length",
                 do="set the rows of this batch, and run it with generation that keeps rows apart",
             )
-        return table_RE.repeat_interleave(positions // rows, dim=0)
+        each = positions // rows
+        return table_RE if each == 1 else table_RE[:, None, :].expand(-1, each, -1).reshape(positions, -1)
 
     def logits(self, router: Router, logits_NE: Tensor) -> Tensor:
         """Steered logits, same shape and dtype (see routing.steer_logits)."""
