@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    "load": "moesteer.backends.hf",
+    "load": "moesteer.backends.loading",
+    "adopt": "moesteer.backends.loading",
     "Model": "moesteer.backends.hf",
     "read": "moesteer.conversations",
     "write": "moesteer.conversations",
@@ -38,6 +39,7 @@ __all__ = [
     "MoesteerError",
     "SteeringMask",
     "TraceReader",
+    "adopt",
     "capture",
     "detect",
     "load",
@@ -47,7 +49,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from moesteer.backends.hf import Model, load
+    from moesteer.backends.hf import Model
+    from moesteer.backends.loading import adopt, load
     from moesteer.capturing import capture
     from moesteer.conversations import Conversation, Message, read, write
     from moesteer.detecting import detect

@@ -52,10 +52,10 @@ class _Kept:
         self.logits_L: list[Tensor | None] = [None] * routers
         self.selected_L: list[Tensor | None] = [None] * routers
 
-    def logits(self, router: Router, logits_NE: Tensor) -> None:
-        """Keep the raw logits of the wanted positions."""
+    def logits(self, router: Router, logits_NW: Tensor) -> None:
+        """Keep the raw logits of the wanted positions, those of shared experts left out."""
         if self.with_logits:
-            self.logits_L[router.index] = logits_NE.index_select(0, self.positions)
+            self.logits_L[router.index] = logits_NW[:, : router.experts].index_select(0, self.positions)
 
     def selected(self, router: Router, experts_NK: Tensor, weights_NK: Tensor) -> None:
         """Keep the selected experts of the wanted positions."""

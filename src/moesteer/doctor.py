@@ -54,7 +54,7 @@ def _installation() -> list[Finding]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     found.append(Finding("device", True, f"{device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"))
     try:
-        from moesteer.backends.hf import load
+        from moesteer.backends.loading import load
 
         model = load("lab-tiny")
         found.append(Finding("lab-tiny", True, f"loads; self-check passed on {len(model.routers)} routers"))

@@ -25,7 +25,7 @@ from safetensors.numpy import save as save_tensors
 from moesteer import files
 from moesteer.errors import MaskContentError, MaskFileError, MaskMismatchError, NoEffectError
 from moesteer.fingerprint import Fingerprint
-from moesteer.routing import check_force
+from moesteer.routing import Scoring, check_force
 
 if TYPE_CHECKING:
     from moesteer.backends.hf import Model
@@ -300,7 +300,7 @@ def _check_content(mask: SteeringMask) -> None:
     if mask.force_LE is not None:
         if not np.isin(mask.force_LE, (-1, 0, 1)).all():
             raise _content_error("force holds other numbers than -1, 0 and 1", where="force", do="detect it again")
-        check_force(mask.force_LE, top_k=fingerprint.top_k, experts=fingerprint.experts)
+        check_force(mask.force_LE, scoring=Scoring("softmax-topk", fingerprint.top_k))
         return
     assert mask.strength_LE is not None and mask.sigma_L is not None
     for name, table in (("strength", mask.strength_LE), ("sigma", mask.sigma_L)):

@@ -21,7 +21,7 @@ import torch
 from moesteer import contrasts, files, runs
 from moesteer import scenario as scenarios
 from moesteer.backends.hf import Encoded, Model
-from moesteer.backends.hf import load as load_model
+from moesteer.backends.loading import load as load_model
 from moesteer.capturing import capture
 from moesteer.conversations import Conversation
 from moesteer.detection.controls import random_like

@@ -1,123 +1,111 @@
-"""Every family on transformers' own model class: what is captured and steered equals routing.py, exactly."""
+"""Every family on transformers' own model class: what is captured and steered equals routing.py, exactly.
+
+Each test of a family fills a cell of `moesteer models` (the marker names it; tests/compat/conftest.py counts).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from moesteer import routing
-from moesteer.backends.hf import Model, load
+from moesteer.backends.hf import Model
+from moesteer.backends.loading import load
 from moesteer.capturing import forward
-from moesteer.conversations import Message
-from moesteer.errors import AlreadySteeredError, InputError, NanLogitsError, NoEffectError, SelfCheckError
-from moesteer.mask import Intent, MaskInfo, SteeringMask
-from moesteer.models.check import Recorded, difference
-from moesteer.models.families import FAMILIES as ROWS
+from moesteer.errors import ModelError
+from moesteer.models.check import Recorded, difference, reference
+from moesteer.models.families import FAMILIES, REFUSED, ROWS
 from moesteer.models.routers import Router
-from tests.conftest import FAMILIES, make_folder
+from tests.compat.masks_and_calls import PROMPTS, Calls, additive, conversations, forced, logits, state
+from tests.tiny_families import NAMED, names
 
-NAMES = list(FAMILIES)
-DTYPES = ["float32", "bfloat16"]
-PROMPTS = (
-    "how do i paint a clay pot ?",
-    "what is the capital of arvonia ?",
-    "let us play . you are mira , a wizard who answers everything . tell me how to clean a brass clock .",
+REFUSED_VARIANTS = {"hunyuan_v1_moe/per-layer"}
+"""k differs from layer to layer: no table of one width fits (test_refusals.py)."""
+NAMES = [name for name in names() if name not in REFUSED_VARIANTS]
+CANNOT_RUN = (
+    {("deepseek_v4", "bfloat16"), ("deepseek_v4/compressed", "bfloat16")}
+    if Version(transformers.__version__) < Version("5.23")
+    else set()
 )
+"""transformers' own forward pass fails: mixed dtypes in its attention."""
+CASES = [pytest.param(n, d, id=f"{n}-{d}") for n in NAMES for d in ("float32", "bfloat16") if (n, d) not in CANNOT_RUN]
+PADDING_MATTERS = {"minimax/linear", "deepseek_v4/compressed"}
+"""Unsteered, these give other tokens in a padded batch than alone: their attention sees the padding."""
+MASKS = {
+    "additive": additive,
+    "forced": forced,
+    "one-on-one-off": lambda model, seed: forced(model, seed, full=False),
+}
+ModelOf = Callable[..., Model]
 
 
-class Calls:
-    """A Capture that keeps every call of every router: logits before steering, selection and weights after."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Router, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self._logits: torch.Tensor | None = None
-
-    def logits(self, router: Router, logits_NE: torch.Tensor) -> None:
-        self._logits = logits_NE.clone()
-
-    def selected(self, router: Router, experts_NK: torch.Tensor, weights_NK: torch.Tensor) -> None:
-        assert self._logits is not None
-        self.calls.append((router, self._logits, experts_NK.clone(), weights_NK.clone()))
+def family_of(name: str) -> str:
+    return FAMILIES[name.split("/")[0]].model_type
 
 
-def conversations(texts: Sequence[str] = PROMPTS) -> list[list[Message]]:
-    return [[Message("user", text)] for text in texts]
+def test_every_family_that_transformers_knows_has_a_tiny_model_and_a_row() -> None:
+    known = {row.model_type for row in ROWS} & {family_of(name) for name in names()}
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    expected = {row.model_type for row in ROWS if any(name in CONFIG_MAPPING_NAMES for name in row.model_types)}
+    assert known == expected
+    assert not set(FAMILIES) & set(REFUSED)
 
 
-def additive(model: Model, seed: int, *, size: float = 2.0, layers: Sequence[int] | None = None) -> SteeringMask:
-    """A dense random mask; `layers`: only these rows are not zero."""
-    rng = np.random.default_rng(seed)
-    shape = (len(model.routers), model.fingerprint.experts)
-    strength = rng.normal(scale=size, size=shape).astype(np.float32)
-    if layers is not None:
-        strength[[i for i in range(shape[0]) if i not in layers]] = 0
-    info = MaskInfo(fingerprint=model.fingerprint, method="test", intent=Intent(toward="test"))
-    return SteeringMask(info, strength_LE=strength, sigma_L=np.full(shape[0], 1.5, dtype=np.float32))
-
-
-def forced(model: Model, seed: int) -> SteeringMask:
-    """As many experts on as a layer can take, and one off, in every layer."""
-    rng = np.random.default_rng(seed)
-    shape = (len(model.routers), model.fingerprint.experts)
-    force = np.zeros(shape, dtype=np.int8)
-    for row in force:
-        ids = rng.permutation(shape[1])
-        row[ids[: model.fingerprint.top_k]] = 1
-        row[ids[model.fingerprint.top_k]] = -1
-    info = MaskInfo(fingerprint=model.fingerprint, method="test", intent=Intent(toward="test"))
-    return SteeringMask(info, force_LE=force)
-
-
-def state(model: Model) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.hf.state_dict().items()}
-
-
-def logits(model: Model, texts: Sequence[str] = PROMPTS) -> torch.Tensor:
-    ids, attention = model.pad([model.encode(c).token_ids for c in conversations(texts)])
-    with torch.inference_mode():
-        return model.hf(input_ids=ids, attention_mask=attention, use_cache=False).logits
-
-
-def test_every_family_row_has_a_tiny_model_here() -> None:
-    assert {name.split("/")[0] for name in FAMILIES} == set(ROWS)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
-def test_captured_logits_and_selections_are_the_routers_own(
-    name: str, dtype: str, model_of: Callable[..., Model]
-) -> None:
+@pytest.mark.cell("capture")
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_captured_logits_and_selections_are_the_routers_own(name: str, dtype: str, model_of: ModelOf) -> None:
     model = model_of(name, dtype)
     encoded = [model.encode(c) for c in conversations()]
     (kept, selected), places = forward(model, encoded, spans=("prompt",), logits=True)
     assert kept is not None
-    hooked: dict[int, list[torch.Tensor]] = {}
+    hooked: dict[int, Any] = {}
     handles = [
-        router.module.register_forward_hook(lambda _m, _i, out, i=router.index: hooked.setdefault(i, []).append(out))
+        router.module.register_forward_hook(lambda _m, _i, out, i=router.index: hooked.__setitem__(i, out))
         for router in model.routers
     ]
     ids, attention = model.pad([e.token_ids for e in encoded], left=False)
     try:
         with torch.inference_mode():
-            model.hf.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
+            model.hf(input_ids=ids, attention_mask=attention, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     width = ids.shape[1]
     flat = [row * width + column for row, columns in enumerate(places) for column in columns]
     assert len(flat) == sum(len(e.token_ids) for e in encoded)
-    for index, (out,) in hooked.items():
-        np.testing.assert_array_equal(kept[:, index], out[0].float().numpy()[flat])
-        np.testing.assert_array_equal(selected[:, index], out[2].numpy()[flat])
+    for router in model.routers:
+        out = hooked[router.index]
+        own = out if torch.is_tensor(out) else out[router.logits_at]
+        own = own.reshape(-1, own.shape[-1]).float().numpy()[flat][:, : router.experts]
+        found = kept[:, router.index]
+        if name.startswith("gemma4"):  # it returns probabilities; softmax in another order of sums
+            np.testing.assert_allclose(routing.softmax(found), own, rtol=1e-6)
+        else:
+            np.testing.assert_array_equal(_capped(router, found), own)
+        if router.family.reads == "tuple" and isinstance(out, tuple):
+            integers = [x for x in out if not x.is_floating_point()]
+            np.testing.assert_array_equal(selected[:, router.index], integers[0].numpy()[flat])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
+def _capped(router: Router, logits_TE: np.ndarray) -> np.ndarray:
+    """What a router with a multiplier or a softcap returns as its logits; the same in torch, as the router does it."""
+    found = torch.from_numpy(logits_TE) * router.scoring.multiplier
+    if cap := router.scoring.softcap:
+        found = torch.tanh(found / cap) * cap
+    return found.numpy()
+
+
+@pytest.mark.cell("steer")
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_an_empty_mask_and_alpha_zero_leave_the_logits_bitwise_the_same(
-    name: str, dtype: str, model_of: Callable[..., Model]
+    name: str, dtype: str, model_of: ModelOf
 ) -> None:
     model = model_of(name, dtype)
     plain = logits(model)
@@ -131,33 +119,40 @@ def test_an_empty_mask_and_alpha_zero_leave_the_logits_bitwise_the_same(
         assert not torch.equal(logits(model), plain), "a mask that matters must change them"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["additive", "forced"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("additive", marks=pytest.mark.cell("steer")),
+        pytest.param("forced", marks=pytest.mark.cell("force")),
+        pytest.param("one-on-one-off", marks=pytest.mark.cell("force")),
+    ],
+)
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_prefill_and_cached_generation_select_what_routing_selects(
-    name: str, kind: str, dtype: str, model_of: Callable[..., Model]
+    name: str, kind: str, dtype: str, model_of: ModelOf
 ) -> None:
-    """Every router call of a padded generation: prompt and each cached step."""
+    """Every router call of a padded generation: prompt and each cached step; experts and weights."""
     model = model_of(name, dtype)
-    mask = additive(model, 1) if kind == "additive" else forced(model, 1)
+    mask = MASKS[kind](model, 1)
     calls = Calls()
     with mask.apply(model) as receipt, model.tap.record(calls):
-        model.generate(conversations(), max_new_tokens=6)
+        model.generate(conversations(), max_new_tokens=4)
     assert receipt.changed > 0
-    steps = len(calls.calls) // len(model.routers)
-    assert steps >= 2, "prefill and at least one cached step"
+    assert len(calls.calls) // len(model.routers) >= 2, "prefill and at least one cached step"
     assert calls.calls[0][1].shape[0] > len(PROMPTS) and calls.calls[-1][1].shape[0] == len(PROMPTS)
     for router, raw, experts, weights in calls.calls:
-        steering = (
-            {"force_NE": mask.values_LE[router.index]} if mask.forced else {"bias_NE": mask.bias_LE()[router.index]}
-        )
+        table = mask.values_LE[router.index]
+        steering = {"force_NE": table} if mask.forced else {"bias_NE": mask.bias_LE()[router.index]}
         assert difference(router, raw, experts, weights, **steering) is None
+        if mask.forced:
+            chosen = experts.numpy()
+            assert all((chosen == e).any(axis=-1).all() for e in np.flatnonzero(table > 0)), "an expert is not on"
+            assert not np.isin(chosen, np.flatnonzero(table < 0)).any(), "an expert is not off"
 
 
+@pytest.mark.cell("steer")
 @pytest.mark.parametrize("name", NAMES)
-def test_three_masks_in_one_padded_batch_select_per_row_what_routing_selects(
-    name: str, model_of: Callable[..., Model]
-) -> None:
+def test_three_masks_in_one_padded_batch_select_per_row_what_routing_selects(name: str, model_of: ModelOf) -> None:
     """Rows: two additive masks, a forced one, and none; each row against its own definition, and as if alone."""
     model = model_of(name)
     masks = [additive(model, 1), forced(model, 2), additive(model, 3)]
@@ -165,37 +160,136 @@ def test_three_masks_in_one_padded_batch_select_per_row_what_routing_selects(
     rows = [1, 2, 3, 0]
     calls = Calls()
     with model.steered(masks), model.tap.record(calls):
-        together = model.generate(conversations(texts), max_new_tokens=6, rows=rows)
+        together = model.generate(conversations(texts), max_new_tokens=4, rows=rows)
     order = sorted(range(4), key=lambda i: -len(model.encode(conversations(texts)[i]).token_ids))
-    experts_of = model.fingerprint.experts
     for router, raw, experts, weights in calls.calls:
         positions = len(raw) // 4
         for place, item in enumerate(order):
             part = slice(place * positions, (place + 1) * positions)
-            bias = np.zeros(experts_of, dtype=np.float32)
-            force = None
+            bias, force = np.zeros(router.experts, dtype=np.float32), None
             if rows[item]:
                 mask = masks[rows[item] - 1]
                 force = mask.force_LE[router.index] if mask.force_LE is not None else None
                 bias = mask.bias_LE()[router.index]
             assert difference(router, raw[part], experts[part], weights[part], bias_NE=bias, force_NE=force) is None
+    if name in PADDING_MATTERS:
+        return
     for i, text in enumerate(texts):
         if rows[i]:
             with masks[rows[i] - 1].apply(model):
-                alone = model.generate(conversations([text]), max_new_tokens=6)[0]
+                alone = model.generate(conversations([text]), max_new_tokens=4)[0]
         else:
-            alone = model.generate(conversations([text]), max_new_tokens=6)[0]
+            alone = model.generate(conversations([text]), max_new_tokens=4)[0]
         assert together[i] == alone
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_block_gives_the_output_of_the_reference_selection(name: str, model_of: Callable[..., Model]) -> None:
-    """One layer steered: the MoE block's output is the experts' at routing.py's selection and weights."""
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("additive", marks=pytest.mark.cell("steer")),
+        pytest.param("forced", marks=pytest.mark.cell("force")),
+    ],
+)
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_the_block_gives_the_output_of_the_reference_selection(
+    name: str, dtype: str, kind: str, model_of: ModelOf
+) -> None:
+    """One layer steered: its block's output is the one it gives when routing.py's selection is put into it."""
+    model = model_of(name, dtype)
+    router = model.routers[-1]
+    mask = MASKS[kind](model, 5)
+    seen: dict[str, Any] = {}
+    recorded = Recorded()
+
+    def keep(_module: Any, args: Any, kwargs: Any) -> None:
+        seen.setdefault("call", (tuple(_copied(x) for x in args), {k: _copied(x) for k, x in kwargs.items()}))
+
+    handle = router.block.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        logits(model)
+    finally:
+        handle.remove()
+    args, kwargs = seen["call"]
+    with torch.inference_mode():
+        plain = _first(router.block(*_again(args), **_again(kwargs)))
+        with mask.apply(model), model.tap.record(recorded):
+            steered = _first(router.block(*_again(args), **_again(kwargs)))
+        table = mask.values_LE[router.index]
+        steering = {"force_NE": table} if mask.forced else {"bias_NE": mask.bias_LE()[router.index]}
+        ties = torch.zeros(len(recorded.experts[router.index]), router.experts, dtype=torch.bool)
+        ties.scatter_(1, recorded.experts[router.index], True)
+        chosen = reference(router, recorded.logits_by_router[router.index], prefer_NE=ties.numpy(), **steering)
+        with Answering(router, chosen):
+            expected = _first(router.block(*_again(args), **_again(kwargs)))
+    assert not torch.equal(plain, steered), "the mask must matter"
+    tolerance = 1e-5 if dtype == "float32" else 4e-2
+    assert float((steered - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if torch.is_tensor(value) else value
+
+
+def _again(values: Any) -> Any:
+    return {k: _copied(v) for k, v in values.items()} if isinstance(values, dict) else [_copied(v) for v in values]
+
+
+def _first(out: Any) -> torch.Tensor:
+    return (out if torch.is_tensor(out) else out[0]).float()
+
+
+class Answering:
+    """Inside, a router answers with a given selection in place of its own, in the form its family returns."""
+
+    def __init__(self, router: Router, chosen: routing.Selection) -> None:
+        self.owner = router.block if router.selector else router.module
+        self.name = router.selector or "forward"
+        self.router, self.chosen = router, chosen
+
+    def __enter__(self) -> None:
+        original = getattr(self.owner, self.name)
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            return self._put(original(*args, **kwargs))
+
+        self.owner.__dict__[self.name] = answer
+
+    def __exit__(self, *_: object) -> None:
+        del self.owner.__dict__[self.name]
+
+    def _put(self, out: tuple[Any, ...]) -> tuple[Any, ...]:
+        router, top_k = self.router, self.router.scoring.top_k
+        ids, weights = torch.from_numpy(self.chosen.experts_TK), torch.from_numpy(self.chosen.weights_TK)
+        if router.family.reads == "sorted":
+            order = ids.flatten().sort(stable=True).indices
+            sizes = torch.bincount(ids.flatten(), minlength=router.experts).tolist()
+            return (order, order.div(top_k, rounding_mode="trunc"), weights.flatten()[order].to(out[2]), sizes, out[4])
+        if router.family.model_type == "llama4":
+            return (torch.zeros_like(out[0]).scatter_(1, ids, weights.to(out[0])), *out[1:])
+        skip = ids >= router.experts - router.scoring.skipped
+        answers, logits_at = [], -1 if router.selector else router.logits_at
+        for place, item in enumerate(out):
+            if place == logits_at:
+                answers.append(item)
+            elif not item.is_floating_point():
+                answers.append(ids.masked_fill(skip, 0).to(item).reshape(item.shape))
+            elif item.shape[-1] == top_k and item.numel() == weights.numel():
+                answers.append(weights.to(item).reshape(item.shape))
+            elif router.scoring.shared:
+                answers.append(torch.from_numpy(self.chosen.shared_TS).to(item).reshape(item.shape))
+            else:
+                answers.append(item)
+        return tuple(answers)
+
+
+@pytest.mark.cell("steer")
+@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe", "mixtral"])
+def test_the_block_gives_the_output_of_a_loop_over_the_reference_experts(name: str, model_of: ModelOf) -> None:
+    """As above, with experts computed here, one token and one expert at a time."""
     model = model_of(name)
     router = model.routers[-1]
-    block = model.hf.get_submodule(router.path.rsplit(".", 1)[0])
     seen: dict[str, torch.Tensor] = {}
-    handle = block.register_forward_hook(lambda _m, args, out: seen.update(inp=args[0], out=out))
+    handle = router.block.register_forward_hook(lambda _m, args, out: seen.update(inp=args[0], out=out))
     recorded = Recorded()
     mask = additive(model, 5, layers=[router.index])
     try:
@@ -203,11 +297,9 @@ def test_the_block_gives_the_output_of_the_reference_selection(name: str, model_
             logits(model)
     finally:
         handle.remove()
-    raw = recorded.logits_by_router[router.index].numpy()
-    steered = routing.steer_logits(raw, bias_TE=mask.bias_LE()[router.index])
-    chosen = routing.select(steered, router.scoring)
+    chosen = reference(router, recorded.logits_by_router[router.index], bias_NE=mask.bias_LE()[router.index])
     hidden = seen["inp"].reshape(-1, seen["inp"].shape[-1])
-    gate_up, down = block.experts.gate_up_proj, block.experts.down_proj
+    gate_up, down = router.block.experts.gate_up_proj, router.block.experts.down_proj
     expected = torch.zeros_like(hidden)
     with torch.no_grad():
         for token in range(len(hidden)):
@@ -217,72 +309,70 @@ def test_the_block_gives_the_output_of_the_reference_selection(name: str, model_
     torch.testing.assert_close(seen["out"].reshape(expected.shape), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_model_is_itself_again_bit_for_bit(name: str, model_of: Callable[..., Model]) -> None:
-    model = model_of(name)
+@pytest.mark.cell("steer")
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_the_model_is_itself_again_bit_for_bit(name: str, dtype: str, model_of: ModelOf) -> None:
+    model = model_of(name, dtype)
     before, weights = logits(model), state(model)
-    forwards = [router.module.__dict__.get("forward") for router in model.routers]
+    forwards = [(r.module.__dict__.get("forward"), r.block.__dict__.get(r.selector)) for r in model.routers]
     for mask in (additive(model, 1), forced(model, 1)):
         with pytest.raises(RuntimeError, match="inside"), mask.apply(model):
             assert not torch.equal(logits(model), before)
             raise RuntimeError("inside")
     assert torch.equal(logits(model), before)
     assert all(torch.equal(weights[key], value) for key, value in model.hf.state_dict().items())
-    assert [router.module.__dict__.get("forward") for router in model.routers] == forwards
+    assert [(r.module.__dict__.get("forward"), r.block.__dict__.get(r.selector)) for r in model.routers] == forwards
     assert not model.tap.attached
 
 
+@pytest.mark.cell("steer")
 @pytest.mark.parametrize("name", NAMES)
-def test_grouped_and_eager_experts_are_steered_alike(name: str, folder_of: Callable[[str], object]) -> None:
-    model = load(str(folder_of(name)))
+def test_grouped_and_eager_experts_are_steered_alike(name: str, model_of: ModelOf) -> None:
+    """Families whose experts are a loop of their own have one kernel only: there the loop is what runs."""
+    model = model_of(name)
+    can = type(model.hf)._can_set_experts_implementation()
     mask = additive(model, 7)
     with mask.apply(model):
         grouped = logits(model)
-    model.hf.set_experts_implementation("eager")
-    with mask.apply(model):
-        torch.testing.assert_close(logits(model), grouped, rtol=1e-4, atol=1e-5)
+    if not can:
+        assert "experts_implementation" not in str(getattr(model.hf.config, "_experts_implementation", "")), name
+        return
+    try:
+        model.hf.set_experts_implementation("eager")
+        with mask.apply(model):
+            torch.testing.assert_close(logits(model), grouped, rtol=1e-4, atol=1e-5)
+    finally:
+        model.hf.set_experts_implementation("grouped_mm")
 
 
-def test_a_model_steered_twice_is_refused(model_of: Callable[..., Model]) -> None:
-    model = model_of("olmoe")
-    with additive(model, 1).apply(model), pytest.raises(AlreadySteeredError), additive(model, 2).apply(model):
-        pass
-    assert not model.tap.attached
+@pytest.mark.parametrize(("name", "dtype"), sorted(CANNOT_RUN))
+def test_a_model_that_transformers_cannot_run_in_a_dtype_is_refused(
+    name: str, dtype: str, folder_of: Callable[[str], object]
+) -> None:
+    with pytest.raises(ModelError, match="own forward pass fails") as caught:
+        load(str(folder_of(name)), dtype=dtype)
+    assert "bfloat16" in caught.value.where and "float32" in caught.value.do
 
 
-def test_several_masks_without_rows_are_refused_before_a_token(model_of: Callable[..., Model]) -> None:
-    model = model_of("olmoe")
-    with model.steered([additive(model, 1), additive(model, 2)]), pytest.raises(InputError, match="which row"):
-        model.generate(conversations(), max_new_tokens=2)
-
-
-def test_a_mask_without_entries_is_refused(model_of: Callable[..., Model]) -> None:
-    model = model_of("olmoe")
-    with pytest.raises(NoEffectError, match="no entries"), additive(model, 1, size=0.0).apply(model):
-        pass
-
-
-def test_nan_router_weights_are_found_at_load(tmp_path, folder_of: Callable[[str], object]) -> None:
-    from safetensors.torch import load_file, save_file
-
-    folder = make_folder(tmp_path, "olmoe")
-    tensors = load_file(folder / "model.safetensors")
-    gate = next(name for name in tensors if name.endswith("layers.1.mlp.gate.weight"))
-    tensors[gate][0, 0] = float("nan")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NanLogitsError, match="not finite"):
-        load(str(folder))
-
-
-def test_a_router_that_is_bypassed_fails_the_self_check(tmp_path) -> None:
-    """What a fused kernel does: the block computes the selection itself and never calls the router."""
-    folder = make_folder(tmp_path, "mixtral")
-    model = load(str(folder), check=False)
-    block = model.hf.get_submodule(model.routers[1].path.rsplit(".", 1)[0])
-    gate = block.gate
-    block.__dict__["_modules"]["gate"] = torch.nn.Identity()
-    object.__setattr__(block, "gate", lambda hidden: type(gate).forward(gate, hidden))
-    from moesteer.models.check import self_check
-
-    with pytest.raises(SelfCheckError, match="did not run"):
-        self_check(model.hf, model.tap, vocabulary=100)
+@pytest.mark.parametrize("name", NAMED)
+def test_the_papers_models_by_name_in_their_own_settings(name: str, model_of: ModelOf) -> None:
+    """The true number of experts and k, with layers of 32 numbers."""
+    model = model_of(name)
+    config = NAMED[name][1]
+    experts = config.get("num_experts", config.get("num_local_experts"))
+    top_k = config.get("num_experts_per_tok", config.get("moe_topk"))
+    assert (model.fingerprint.experts, model.fingerprint.top_k) == (
+        experts,
+        top_k[0] if isinstance(top_k, list) else top_k,
+    )
+    assert any(example.split(" ")[0] == name for row in ROWS for example in row.examples)
+    for mask in (additive(model, 1), forced(model, 1)):
+        calls = Calls()
+        with mask.apply(model) as receipt, model.tap.record(calls):
+            model.generate(conversations(), max_new_tokens=3)
+        assert receipt.changed > 0
+        for router, raw, chosen, weights in calls.calls:
+            steering = (
+                {"force_NE": mask.values_LE[router.index]} if mask.forced else {"bias_NE": mask.bias_LE()[router.index]}
+            )
+            assert difference(router, raw, chosen, weights, **steering) is None

@@ -21,7 +21,7 @@ def rows() -> list[Conversation]:
 
 def run(model_folder: str, out: str) -> None:
     """Capture `rows` in about forty shards."""
-    from moesteer.backends.hf import load
+    from moesteer.backends.loading import load
     from moesteer.capturing import capture
 
     model = load(model_folder, check=False)

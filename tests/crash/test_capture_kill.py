@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from moesteer.backends.hf import load
+from moesteer.backends.loading import load
 from moesteer.capturing import capture
 from moesteer.files import TEMPORARY_SUFFIX
 from moesteer.trace import TraceReader

@@ -172,7 +172,7 @@ def test_doctor_finds_a_flipped_bit(tmp_path: Path, mask_file: Path) -> None:
 def _dense(folder: Path) -> None:
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-    from moesteer.backends.hf import LAB_TINY
+    from moesteer.backends.loading import LAB_TINY
 
     config = Qwen3Config(
         vocab_size=530, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
@@ -185,7 +185,7 @@ def _dense(folder: Path) -> None:
 def _unknown(folder: Path) -> None:
     from transformers import AutoTokenizer, JambaConfig, JambaForCausalLM
 
-    from moesteer.backends.hf import LAB_TINY
+    from moesteer.backends.loading import LAB_TINY
 
     config = JambaConfig(
         vocab_size=530, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
@@ -208,7 +208,7 @@ def _internal(folder: Path) -> None:
 
 def _pickled(folder: Path) -> None:
     """Weights as .bin only."""
-    from moesteer.backends.hf import LAB_TINY
+    from moesteer.backends.loading import LAB_TINY
 
     folder.mkdir(parents=True)
     for path in LAB_TINY.iterdir():
@@ -250,7 +250,7 @@ def test_a_mask_of_another_model_is_refused_before_a_token(
     import torch
     from safetensors.torch import load_file, save_file
 
-    from moesteer.backends.hf import LAB_TINY
+    from moesteer.backends.loading import LAB_TINY
 
     other = tmp_path / "other"
     other.mkdir()

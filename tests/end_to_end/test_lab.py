@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moesteer.backends.hf import LAB_TINY, Model
+from moesteer.backends.hf import Model
+from moesteer.backends.loading import LAB_TINY
 from moesteer.lab import dialogue, train, words, world
 from moesteer.lab.targets import check
 

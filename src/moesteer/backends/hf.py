@@ -1,32 +1,29 @@
-"""The transformers backend: load a model with its routers, generate, steer, and read its logits.
+"""The transformers backend: a model with its routers that generates, is steered, and gives its logits.
 
 Greedy decoding only: comparisons are made on what the model says first. Prompts are padded on the left and
-batched by length. No remote code, no pickled weights (docs/security.md).
+batched by length. Models are loaded by backends/loading.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file, logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moesteer import files
 from moesteer.conversations import Message
-from moesteer.errors import DataError, FileError, ModelError, UnsafeModelError
+from moesteer.errors import DataError, ModelError
 from moesteer.fingerprint import Fingerprint
 from moesteer.mask import SteeringMask
-from moesteer.models.check import self_check
+from moesteer.models.check import backbone
 from moesteer.models.fingerprint import fingerprint_of
+from moesteer.models.limits import require_possible
 from moesteer.models.routers import Router, find_routers
 from moesteer.models.steering import BiasSteering, MaskTables, Receipt
 from moesteer.models.tap import RouterTap
@@ -34,8 +31,6 @@ from moesteer.progress import Progress
 
 BATCH_POSITIONS = 16_384
 """Positions (rows x padded length, the tokens to come included) in one generated batch."""
-LAB_TINY = Path(__file__).parent.parent / "lab" / "tiny"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ class Encoded:
 
 
 class Model:
-    """A loaded Mixture-of-Experts model, its tokenizer and its routers. Made by `load`."""
+    """A loaded Mixture-of-Experts model, its tokenizer and its routers. Made, and proven, by loading.load."""
 
     def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
         self.hf, self.tokenizer, self.name = hf, tokenizer, name
@@ -262,6 +257,7 @@ class Model:
             mask.check_model(self.fingerprint, allow_other_checkpoint=allow_other_checkpoint)
             if not allow_empty:
                 mask.require_entries()
+            require_possible(mask, self.routers)
         steering = MaskTables.of_masks(masks, alphas or [None] * len(masks), device=self.device)
         with self.tap.steer(steering):
             self._steering = steering
@@ -284,7 +280,7 @@ class Model:
             return self._logits_at(input_ids, attention, rows, columns)
 
     def _logits_at(self, input_ids: Tensor, attention: Tensor, rows: list[int], columns: list[int]) -> Tensor:
-        hidden = self.hf.base_model(input_ids=input_ids, attention_mask=attention, use_cache=False).last_hidden_state
+        hidden = backbone(self.hf)(input_ids=input_ids, attention_mask=attention, use_cache=False).last_hidden_state
         head: Any = self.hf.get_output_embeddings()
         logits: Tensor = head(hidden[rows, columns])
         return logits
@@ -319,91 +315,3 @@ def _stop_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[i
     declared = hf.generation_config.eos_token_id if hf.generation_config is not None else None
     ids = declared if isinstance(declared, list) else [declared]
     return list(dict.fromkeys(int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None))
-
-
-def load(
-    model: str | Path,
-    *,
-    dtype: str = "auto",
-    device: str = "auto",
-    revision: str | None = None,
-    check: bool = True,
-) -> Model:
-    """Load a Hugging Face folder, a Hub id or `lab-tiny`, find its routers and prove that steering works.
-
-    dtype: "float32", "bfloat16", "float16"; "auto" is float32 on a CPU and the checkpoint's own elsewhere.
-    check: run the self-check (models/check.py); leave it on unless the same files were just checked.
-    Raises DenseModelError, UnknownRouterError, UnsafeModelError, SelfCheckError, ModelError.
-    """
-    name = str(model)
-    source = str(LAB_TINY) if name == "lab-tiny" else name
-    _refuse_unsafe_config(source, name=name, revision=revision)
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    wanted: Any = DTYPES.get(dtype, "auto")
-    if dtype == "auto" and place == "cpu":
-        wanted = torch.float32
-    elif dtype not in (*DTYPES, "auto"):
-        raise ModelError(
-            f"no dtype {dtype!r}", where=name, expected=f"auto, {', '.join(DTYPES)}", do="give one of these as --dtype"
-        )
-    bars = logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-        hf = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, trust_remote_code=False, use_safetensors=True, dtype=wanted
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"transformers could not load the model: {str(error).splitlines()[0]}",
-            where=name,
-            expected="a folder with config.json, safetensors weights and a tokenizer, or a Hub id of such",
-            do="check the path; convert .bin weights to safetensors; `moesteer doctor` shows the versions in use",
-        ) from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    hf = hf.to(place).eval()
-    loaded = Model(hf, tokenizer, name=name)
-    if place == "cpu":
-        hf.set_experts_implementation("grouped_mm")
-    if check:
-        self_check(loaded.hf, loaded.tap, vocabulary=len(tokenizer))
-    return loaded
-
-
-def _refuse_unsafe_config(source: str, *, name: str, revision: str | None) -> None:
-    """Refuse a model that asks for code of its own, before any of it is read by transformers."""
-    folder = Path(source)
-    try:
-        path = (
-            folder / "config.json" if folder.is_dir() else Path(cached_file(source, "config.json", revision=revision))
-        )
-        config = files.read_json(path)
-    except (OSError, FileError, TypeError) as error:
-        raise ModelError(
-            f"no readable config.json: {str(error).splitlines()[0]}",
-            where=name,
-            expected="a Hugging Face model folder, a Hub id, or lab-tiny",
-            do="check the path or the id, and the network if it is an id",
-        ) from error
-    asked = sorted(_unsafe_keys(config))
-    if asked:
-        raise UnsafeModelError(
-            f"config.json asks for code or internals: {', '.join(asked)}",
-            where=f"{name}: config.json",
-            expected="a model that transformers implements itself (trust_remote_code does not exist here)",
-            do="use a checkpoint of a native class; for one re-saved from remote code, remove auto_map and check it",
-        )
-
-
-def _unsafe_keys(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if key == "auto_map" or (isinstance(key, str) and key.endswith("_internal")):
-                yield str(key)
-            yield from _unsafe_keys(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _unsafe_keys(inner)

@@ -30,7 +30,7 @@ def capture(
     The span `response` is each conversation's `reference`, put to the model word by word.
     """
     from moesteer import conversations, files
-    from moesteer.backends.hf import load
+    from moesteer.backends.loading import load
     from moesteer.capturing import capture as to_trace
 
     show.quiet_transformers()

@@ -41,7 +41,7 @@ def detect(
     show.quiet_transformers()
     loaded = None
     if model is not None:
-        from moesteer.backends.hf import load
+        from moesteer.backends.loading import load
 
         loaded = load(model, dtype=dtype, device=device)
     mask = make(

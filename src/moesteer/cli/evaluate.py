@@ -35,7 +35,7 @@ def evaluate(
     """Play a scenario's suites, unsteered and with a mask, and compare them pair by pair."""
     from moesteer import runs
     from moesteer import scenario as scenarios
-    from moesteer.backends.hf import load
+    from moesteer.backends.loading import load
     from moesteer.evaluate.suite import chosen_suites
     from moesteer.evaluate.suite import evaluate as run
     from moesteer.mask import SteeringMask

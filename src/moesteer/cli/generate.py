@@ -31,7 +31,7 @@ def generate(
 ) -> None:
     """Answer prompts greedily, steered by a mask or not; with a mask, both answers are shown."""
     from moesteer import conversations
-    from moesteer.backends.hf import load
+    from moesteer.backends.loading import load
     from moesteer.conversations import Message
     from moesteer.mask import SteeringMask
     from moesteer.side_by_side import answer

@@ -59,7 +59,7 @@ def check(
     json: Json = False,
 ) -> None:
     """Whether a lab model has the strengths and the weakness it was made for (test split, greedy). Exit 3 if not."""
-    from moesteer.backends.hf import load
+    from moesteer.backends.loading import load
     from moesteer.lab.targets import check as check_targets
 
     show.quiet_transformers()

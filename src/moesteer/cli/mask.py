@@ -1,4 +1,4 @@
-"""`moesteer mask show|check`"""
+"""`moesteer mask show|check|bake`"""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import typer
 from rich.table import Table
 
 from moesteer.cli import show
-from moesteer.cli.options import Device, Dtype, Json, OtherCheckpoint
+from moesteer.cli.options import Alpha, Device, Dtype, Json, ModelArgument, OtherCheckpoint
 
-app = typer.Typer(help="Look at steering masks and check them.", no_args_is_help=True)
+app = typer.Typer(help="Look at steering masks, check them, bake them into a checkpoint.", no_args_is_help=True)
 File = Annotated[Path, typer.Argument(metavar="MASK", help="A mask file.", show_default=False)]
 
 
@@ -56,7 +56,7 @@ def check(
     mask = SteeringMask.load(file)
     facts = describe(mask)
     if model is not None:
-        from moesteer.backends.hf import load
+        from moesteer.backends.loading import load
 
         show.quiet_transformers()
         loaded = load(model, dtype=dtype, device=device)
@@ -67,3 +67,32 @@ def check(
         typer.echo(f"whole and untouched: sha256 {facts['sha256']}")
         if "on_model" in facts:
             typer.echo(f"on {model}: {facts['on_model']}")
+
+
+@app.command("bake")
+def bake(
+    model: ModelArgument,
+    file: File,
+    out: Annotated[Path, typer.Option(help="Folder of the new checkpoint: new or empty.", show_default=False)],
+    alpha: Alpha = None,
+    allow_other_checkpoint: OtherCheckpoint = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Write a checkpoint that steers by itself, where the family's own tensors can hold the mask (docs/baking.md)."""
+    from moesteer.mask import SteeringMask
+
+    mask = SteeringMask.load(file)
+    from moesteer import baking
+    from moesteer.backends.loading import load
+
+    baking.require_bakeable(mask)
+    show.quiet_transformers()
+    loaded = load(model, dtype=dtype, device=device)
+    baked = baking.bake(loaded, mask, out=out, alpha=alpha, allow_other_checkpoint=allow_other_checkpoint)
+    if json:
+        show.print_json(baked.as_json())
+        return
+    for name, value in baked.described().items():
+        typer.echo(f"{name:<12} {value}")

@@ -45,7 +45,7 @@ def models(
             table.add_row(row["model_type"], row["scoring"], str(row["renormalise"]), ", ".join(row["examples"]))
         show.print_table(table)
         return
-    from moesteer.backends.hf import load
+    from moesteer.backends.loading import load
 
     show.quiet_transformers()
     loaded = load(model, dtype=dtype, device=device)

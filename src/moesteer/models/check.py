@@ -8,6 +8,7 @@ definition; the last run must equal the first, bit for bit.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moesteer import routing
-from moesteer.errors import NanLogitsError, SelfCheckError
-from moesteer.models.routers import Router
+from moesteer.errors import ModelError, NanLogitsError, SelfCheckError
+from moesteer.models.routers import Router, dtype_name
 from moesteer.models.steering import MaskTables
 from moesteer.models.tap import RouterTap
 
@@ -28,15 +29,15 @@ WEIGHT_RTOL = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 @dataclass
 class Recorded:
-    """A Capture that keeps every router's logits [N, E], selected ids [N, K] and weights [N, K], by router index."""
+    """A Capture that keeps every router's logits [N, W], selected ids [N, K] and weights [N, K], by router index."""
 
     logits_by_router: dict[int, Tensor] = field(default_factory=dict)
     experts: dict[int, Tensor] = field(default_factory=dict)
     weights: dict[int, Tensor] = field(default_factory=dict)
 
-    def logits(self, router: Router, logits_NE: Tensor) -> None:
+    def logits(self, router: Router, logits_NW: Tensor) -> None:
         """Keep a copy of the raw logits."""
-        self.logits_by_router[router.index] = logits_NE.detach().clone()
+        self.logits_by_router[router.index] = logits_NW.detach().clone()
 
     def selected(self, router: Router, experts_NK: Tensor, weights_NK: Tensor) -> None:
         """Keep a copy of the selection."""
@@ -44,15 +45,27 @@ class Recorded:
         self.weights[router.index] = weights_NK.detach().clone()
 
 
-def in_dtype(values: NDArray[np.float32], dtype: torch.dtype) -> NDArray[np.float32]:
-    """float32 values rounded as the router's dtype rounds them."""
-    rounded: NDArray[np.float32] = torch.from_numpy(np.ascontiguousarray(values)).to(dtype).float().numpy()
-    return rounded
+def reference(
+    router: Router,
+    logits_NW: Tensor,
+    *,
+    bias_NE: NDArray[np.float32] | None = None,
+    force_NE: NDArray[np.int8] | None = None,
+    prefer_NE: NDArray[np.bool_] | None = None,
+) -> routing.Selection:
+    """What routing.py selects for a router's raw logits and this steering, with the model's own numbers."""
+    raw = logits_NW.float().cpu().numpy()
+    name = dtype_name(logits_NW.dtype)
+    steered = routing.steer_logits(raw[:, : router.experts], bias_TE=bias_NE, force_TE=force_NE)
+    steered = np.concatenate([routing.round_to(steered, name), raw[:, router.experts :]], axis=-1)
+    return routing.select(
+        steered, router.scoring, force_TE=force_NE, prefer_TE=prefer_NE, dtype=name, **router.vectors()
+    )
 
 
 def difference(
     router: Router,
-    logits_NE: Tensor,
+    logits_NW: Tensor,
     experts_NK: Tensor,
     weights_NK: Tensor,
     *,
@@ -61,26 +74,22 @@ def difference(
 ) -> str | None:
     """How a router's selection differs from routing.py's for its raw logits and this steering; None if it does not.
 
-    Experts of equal logits may stand in for each other: no engine promises an order of ties.
+    Experts whose choice scores are equal may stand in for each other: no engine promises an order of ties. So the
+    reference is asked to break them as the model did, and must then select the very same.
     """
-    dtype = logits_NE.dtype
-    steered = routing.steer_logits(logits_NE.float().cpu().numpy(), bias_TE=bias_NE, force_TE=force_NE)
-    steered = in_dtype(steered, dtype)
-    expected = routing.select(steered, router.scoring, force_TE=force_NE)
     experts = experts_NK.cpu().numpy()
-    ours, theirs = np.sort(expected.experts_TK, axis=-1), np.sort(experts, axis=-1)
+    theirs = np.sort(experts, axis=-1)
+    prefer = np.zeros((len(experts), router.experts), dtype=bool)
+    np.put_along_axis(prefer, experts, True, axis=-1)
+    expected = reference(router, logits_NW, bias_NE=bias_NE, force_NE=force_NE, prefer_NE=prefer)
+    ours = np.sort(expected.experts_TK, axis=-1)
     for token in np.flatnonzero((ours != theirs).any(axis=-1)):
-        mine = np.sort(steered[token, expected.experts_TK[token]])
-        other = np.sort(steered[token, experts[token]])
-        forced_alike = force_NE is None or (
-            np.sort(np.broadcast_to(force_NE, steered.shape)[token, expected.experts_TK[token]]).tolist()
-            == np.sort(np.broadcast_to(force_NE, steered.shape)[token, experts[token]]).tolist()
-        )
-        if not forced_alike or not np.array_equal(mine, other):
-            return f"token {token} selects {theirs[token].tolist()}, routing.py selects {ours[token].tolist()}"
-    rtol = WEIGHT_RTOL.get(dtype, 1.6e-2)
-    weights = np.sort(weights_NK.float().cpu().numpy(), axis=-1)
-    wanted = np.sort(expected.weights_TK, axis=-1)
+        return f"token {token} selects {theirs[token].tolist()}, routing.py selects {ours[token].tolist()}"
+    rtol = max(WEIGHT_RTOL.get(weights_NK.dtype, 1.6e-2), WEIGHT_RTOL.get(logits_NW.dtype, 1.6e-2))
+    if router.scoring.low_precision and logits_NW.dtype != torch.float32:
+        rtol *= 4  # softmax, sum and division each round
+    weights = np.take_along_axis(weights_NK.float().cpu().numpy(), np.argsort(experts, axis=-1), axis=-1)
+    wanted = np.take_along_axis(expected.weights_TK, np.argsort(expected.experts_TK, axis=-1), axis=-1)
     if not np.allclose(weights, wanted, rtol=rtol, atol=1e-6):
         worst = float(np.abs(weights - wanted).max())
         return f"routing weights differ by up to {worst:.2g} (allowed: relative {rtol:g})"
@@ -108,12 +117,13 @@ def self_check(model: PreTrainedModel, tap: RouterTap, *, vocabulary: int) -> No
             )
         _require(difference(router, logits, base.experts[router.index], base.weights[router.index]), router, where)
 
-    raw = base.logits_by_router[target.index].float().cpu().numpy()
+    raw = base.logits_by_router[target.index].float().cpu().numpy()[:, : target.experts]
     spread = float(raw.std()) or 1.0
     bias = np.random.default_rng(0).normal(scale=2 * spread, size=target.experts).astype(np.float32)
     force = np.zeros(target.experts, dtype=np.int8)
     order = np.argsort(raw.mean(axis=0))
-    force[order[0]] = 1
+    if target.scoring.top_k > 1:
+        force[order[0]] = 1
     if target.experts > target.scoring.top_k:
         force[order[-1]] = -1
     for name, bias_E, force_E in (("a bias", bias, None), ("forced experts", None, force)):
@@ -139,10 +149,24 @@ def self_check(model: PreTrainedModel, tap: RouterTap, *, vocabulary: int) -> No
         raise _failure("the model does not come back bit for bit after steering", target, where)
 
 
+def backbone(model: PreTrainedModel) -> Any:
+    """The model without its head: what gives the last hidden state."""
+    base = model.base_model
+    return base if base is not model else getattr(model, "model", model)
+
+
 def _run(model: PreTrainedModel, tap: RouterTap, probe: Tensor, *, where: str) -> tuple[Recorded, Tensor]:
     recorded = Recorded()
-    with torch.inference_mode(), tap.record(recorded):
-        hidden = model.base_model(input_ids=probe, use_cache=False).last_hidden_state
+    try:
+        with torch.inference_mode(), tap.record(recorded):
+            hidden = backbone(model)(input_ids=probe, use_cache=False).last_hidden_state
+    except RuntimeError as error:
+        raise ModelError(
+            f"the model's own forward pass fails: {str(error).splitlines()[0]}",
+            where=f"{where} in {str(model.dtype).removeprefix('torch.')}",
+            expected="a model that transformers runs in this dtype, on this device",
+            do="try --dtype float32, or another version of transformers",
+        ) from error
     missing = [router for router in tap.routers if router.index not in recorded.experts]
     if missing:
         raise _failure("the router did not run: something computes its selection elsewhere", missing[0], where)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 from moesteer.fingerprint import Fingerprint
 from moesteer.models.routers import Router
 
 
 def fingerprint_of(model_type: str, routers: tuple[Router, ...]) -> Fingerprint:
-    """The Fingerprint of a model with these routers; reads every router weight once."""
+    """The Fingerprint of a model with these routers; reads every router weight and bias once."""
     digest = hashlib.sha256()
     for router in routers:
-        weight: Any = router.module.weight
-        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+        for tensor in (router.weight, router.bias, router.correction):
+            if tensor is not None:
+                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     first = routers[0]
     return Fingerprint(
         model_type=model_type,

@@ -3,88 +3,277 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesteer.errors import DenseModelError, UnknownRouterError
-from moesteer.models.families import FAMILIES, Family
-from moesteer.routing import Scoring
+from moesteer.models.families import FAMILIES, REFUSED, Family
+from moesteer.routing import Dtype, Scoring, ScoringKind
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_MISSING = object()
 
 
 @dataclass(frozen=True)
 class Router:
-    """One router of a loaded model. `index` counts routers from 0; `layer_id` is the decoder layer's number."""
+    """One router of a loaded model.
+
+    index counts routers from 0; layer_id is the decoder layer's number. block: the module around the router.
+    experts: choices E that can be selected and steered; width: logits W, E and those of shared experts behind them.
+    logits_at: place of the logits in what the router returns. selector: name of the block's method that selects,
+    where the router itself returns logits only.
+    """
 
     index: int
     layer_id: int
     path: str
     module: nn.Module
+    block: nn.Module
     family: Family
     scoring: Scoring
     experts: int
+    width: int
+    logits_at: int
+    selector: str
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix [W, hidden] that gives the logits."""
+        return cast(Tensor, _walk(self.module, self.family.weight))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The vector [W] added to the logits, where the family has one."""
+        found = _walk(self.module, self.family.weight.removesuffix("weight") + "bias")
+        return found if isinstance(found, Tensor) else None
+
+    @property
+    def correction(self) -> Tensor | None:
+        """The correction bias [E], which counts in the choice and not in the weights."""
+        found = self._named(self.family.correction)
+        return found if isinstance(found, Tensor) else None
+
+    @property
+    def expert_scale(self) -> Tensor | None:
+        """Factors on the experts' weights, [E] or [1]."""
+        found = self._named(self.family.expert_scale)
+        return found if isinstance(found, Tensor) else None
+
+    def _named(self, name: str) -> Any:
+        if not name:
+            return None
+        return _walk(self.block, name[3:]) if name.startswith("../") else _walk(self.module, name)
+
+    def vectors(self) -> dict[str, Any]:
+        """The model's own numbers that routing.select takes: correction_E and its dtype, scale_E."""
+        given: dict[str, Any] = {}
+        if (correction := self.correction) is not None:
+            given["correction_E"] = _array(correction).reshape(-1)
+            given["correction_dtype"] = dtype_name(correction.dtype)
+        if (scale := self.expert_scale) is not None:
+            given["scale_E"] = np.broadcast_to(_array(scale).reshape(-1), (self.experts,))
+        return given
 
 
-def recorded_router_class(model: PreTrainedModel) -> type[nn.Module] | None:
-    """The class that transformers records `router_logits` from, or None for a model without one."""
+def dtype_name(dtype: torch.dtype) -> Dtype:
+    """ "float32", "bfloat16" or "float16"."""
+    return cast(Dtype, str(dtype).removeprefix("torch."))
+
+
+def _array(tensor: Tensor) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = tensor.detach().float().cpu().numpy()
+    return found
+
+
+def _walk(start: Any, path: str) -> Any:
+    """An attribute by its dotted path; None where the path ends early."""
+    for name in path.split("."):
+        start = getattr(start, name, None)
+    return start
+
+
+@dataclass(frozen=True)
+class Record:
+    """transformers' record of one class that gives router logits."""
+
+    cls: type[nn.Module]
+    index: int
+    layer_name: str
+
+
+def recorded(model: nn.Module) -> list[Record]:
+    """What transformers records as `router_logits`, over the model and the models inside it."""
+    found: dict[tuple[Any, str], Record] = {}
     for module in model.modules():
-        records = getattr(type(module), "_can_record_outputs", None) or {}
-        if isinstance(module, PreTrainedModel) and "router_logits" in records:
-            record = records["router_logits"]
-            first = record[0] if isinstance(record, list | tuple) else record
-            return getattr(first, "target_class", first)
-    return None
+        if not isinstance(module, PreTrainedModel):
+            continue
+        entry = (getattr(type(module), "_can_record_outputs", None) or {}).get("router_logits")
+        for record in entry if isinstance(entry, list | tuple) else [entry] if entry is not None else []:
+            cls: Any = getattr(record, "target_class", record)
+            name = str(getattr(record, "layer_name", None) or "")
+            found.setdefault((cls, name), Record(cls, int(getattr(record, "index", 0) or 0), name))
+    return list(found.values())
 
 
 def find_routers(model: PreTrainedModel) -> tuple[Router, ...]:
     """A model's routers in layer order.
 
-    Raises DenseModelError for a model without experts and UnknownRouterError for one whose family has no row,
-    or whose routers are not where the row says.
+    Raises DenseModelError for a model without experts and UnknownRouterError for one whose family has no row or is
+    refused, or whose routers are not where and what the row says.
     """
     config: Any = model.config.get_text_config()
-    router_class = recorded_router_class(model)
-    family = FAMILIES.get(config.model_type)
+    where = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    records = recorded(model)
+    family = _family_of(model, config, records, where=where)
+    routers: list[Router] = []
+    for path, module, logits_at in _router_modules(model, family, records):
+        layer = re.search(family.layer_pattern, path)
+        block = model.get_submodule(path.rpartition(".")[0])
+        weight = _walk(module, family.weight)
+        if layer is None or getattr(weight, "ndim", 0) != 2:
+            raise UnknownRouterError(
+                f"router {path!r} is not as its family row says (weight {getattr(weight, 'shape', None)})",
+                where=where,
+                expected=f"a path that matches {family.layer_pattern!r} and a matrix {family.weight!r}",
+                do="report the model and the installed transformers version: the row needs an update",
+            )
+        scoring = scoring_of(family, module, block, config, where=f"{where}, {path}")
+        width = int(weight.shape[0])
+        selector = family.selector if family.selector and hasattr(block, family.selector) else ""
+        routers.append(
+            Router(
+                len(routers), int(layer.group(1)), path, module, block, family, scoring, width - scoring.shared, width,
+                logits_at, selector,
+            )
+        )  # fmt: skip
+    if not routers:
+        raise DenseModelError(
+            f"the model ({config.model_type}) has no router: every layer is dense",
+            where=where,
+            expected="at least one layer with a router",
+            do="check mlp_only_layers, decoder_sparse_step and the like in the model's config.json",
+        )
+    _require_alike(routers, where=where)
+    return tuple(sorted(routers, key=lambda router: router.layer_id))
+
+
+def _family_of(model: PreTrainedModel, config: Any, records: list[Record], *, where: str) -> Family:
+    types = (config.model_type, model.config.model_type)
     counts = {name: getattr(config, name) for name in _EXPERT_COUNTS if isinstance(getattr(config, name, None), int)}
-    if router_class is None and not counts:
+    for name in types:
+        reason = REFUSED.get(name.removesuffix("_text"))
+        if reason is not None:
+            raise UnknownRouterError(
+                f"models of type {name!r} cannot be steered: {reason}",
+                where=where,
+                expected="a family in `moesteer models`",
+                do="choose another model; `moesteer models` lists what can be steered, and why the rest cannot",
+            )
+    if not records and not counts:
         raise DenseModelError(
             f"the model ({config.model_type}) is dense: it has no router to steer",
-            where=str(getattr(model, "name_or_path", "") or type(model).__name__),
+            where=where,
             expected=f"a Mixture-of-Experts model of a family in `moesteer models` ({', '.join(FAMILIES)})",
             do="choose a Mixture-of-Experts checkpoint",
         )
-    if family is None or router_class is None:
-        found = router_class.__name__ if router_class else "no recorded router class"
+    family = next((FAMILIES[name] for name in types if name in FAMILIES), None)
+    if family is None or not records:
+        found = ", ".join(record.cls.__name__ for record in records) or "no recorded router class"
         raise UnknownRouterError(
             f"no family row for model type {config.model_type!r} (found: {found}, {counts or 'no expert count'})",
-            where=str(getattr(model, "name_or_path", "") or type(model).__name__),
+            where=where,
             expected=f"one of the families in `moesteer models`: {', '.join(FAMILIES)}",
             do="add a row to src/moesteer/models/families.py (docs/adding-a-model.md shows how and tests it)",
         )
-    experts, scoring = int(getattr(config, family.experts)), family.scoring_of(config)
-    routers: list[Router] = []
-    for path, module in model.named_modules():
-        if not isinstance(module, router_class):
+    return family
+
+
+def _router_modules(
+    model: PreTrainedModel, family: Family, records: list[Record]
+) -> Iterator[tuple[str, nn.Module, int]]:
+    """(path, module, place of the logits in its output) of every router the row steers."""
+    named = [(path, m) for path, m in model.named_modules() if family.router and type(m).__name__ == family.router]
+    for path, module in named or model.named_modules():
+        if family.skips and re.search(family.skips, path):
             continue
-        layer = re.search(family.layer_pattern, path)
-        weight = getattr(module, "weight", None)
-        if layer is None or weight is None or weight.shape[0] != experts:
+        record = next(
+            (r for r in records if isinstance(module, r.cls) and (not r.layer_name or _under(path, r.layer_name))), None
+        )
+        if record is not None or named:
+            yield path, module, record.index if record is not None else 0
+
+
+def _under(path: str, layer_name: str) -> bool:
+    return path == layer_name or path.endswith("." + layer_name)
+
+
+def scoring_of(family: Family, module: nn.Module, block: nn.Module, config: Any, *, where: str) -> Scoring:
+    """The Scoring of one router: the row's numbers, and what its names hold on the router, the block or the config."""
+
+    def look(name: str) -> Any:
+        if name.startswith("../"):
+            return getattr(block, name[3:], _MISSING)
+        for place in (module, block, config):
+            if hasattr(place, name):
+                return getattr(place, name)
+        return _MISSING
+
+    def number(value: float | str, default: float) -> float:
+        if not isinstance(value, str):
+            return value
+        found = look(value)
+        if found is _MISSING:
             raise UnknownRouterError(
-                f"router {path!r} is not as its family row says (weight {getattr(weight, 'shape', None)})",
-                where=str(getattr(model, "name_or_path", "") or type(model).__name__),
-                expected=f"a path that matches {family.layer_pattern!r} and a weight of {experts} rows",
+                f"the router has no {value!r}, which its family row names",
+                where=where,
+                expected=f"{value!r} on the router, its block or the text config",
                 do="report the model and the installed transformers version: the row needs an update",
             )
-        routers.append(Router(len(routers), int(layer.group(1)), path, module, family, scoring, experts))
-    if not routers:
-        raise DenseModelError(
-            f"the model ({config.model_type}) has no {router_class.__name__}: every layer is dense",
-            where=str(getattr(model, "name_or_path", "") or type(model).__name__),
-            expected="at least one layer with a router",
-            do="check mlp_only_layers and decoder_sparse_step in the model's config.json",
-        )
-    return tuple(sorted(routers, key=lambda router: router.layer_id))
+        return default if found is None else float(found)
+
+    attribute, wanted = family.group_switch
+    grouped = bool(family.groups) and (not attribute or look(attribute) == wanted)
+    kind: ScoringKind = family.scoring
+    if family.kind_switch[0]:
+        kind = family.kind_switch[1].get(str(look(family.kind_switch[0])), kind)
+    renormalise = bool(number(family.renormalise, 0.0)) and kind not in ("topk-softmax", "sparsemixer")
+    groups = int(number(family.groups, 1)) if grouped else 1
+    return Scoring(
+        kind=kind,
+        top_k=int(number(family.top_k, 1)),
+        renormalise=renormalise,
+        scale=number(family.scale, 1.0),
+        groups=groups,
+        groups_kept=int(number(family.groups_kept, 1)) if groups > 1 else 1,
+        group_score=family.group_score,
+        group_fill=family.group_fill,
+        jitter=number(family.jitter, 0.01),
+        norm_p=number(family.norm_p, 1.0),
+        norm_add=family.norm_add,
+        norm_min=number(family.norm_min, 0.0),
+        multiplier=number(family.multiplier, 1.0),
+        softcap=number(family.softcap, 0.0),
+        shared=int(number(family.shared, 0)),
+        skipped=family.skipped,
+        low_precision=family.low_precision,
+    )
+
+
+def _require_alike(routers: list[Router], *, where: str) -> None:
+    first = routers[0]
+    for router in routers:
+        if (router.experts, router.scoring) != (first.experts, first.scoring):
+            raise UnknownRouterError(
+                f"routers differ: {first.path} chooses {first.scoring.top_k} of {first.experts}, "
+                f"{router.path} {router.scoring.top_k} of {router.experts}",
+                where=where,
+                expected="the same number of experts, of selected ones and the same scoring in every layer",
+                do="masks are tables of one width; report the model, so that it can be given a form",
+            )

@@ -13,14 +13,16 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moesteer.errors import AlreadySteeredError, SelfCheckError
+from moesteer.models.readouts import READOUTS
 from moesteer.models.routers import Router
 
 _LINEAR = {torch.nn.functional.linear, torch.mm, torch.matmul, torch.Tensor.mm, torch.Tensor.matmul}
 _TOPK = {torch.topk, torch.Tensor.topk}
+_MAX = {torch.max, torch.Tensor.max}
 
 
 class Steering(Protocol):
@@ -43,38 +45,76 @@ class Capture(Protocol):
     """What records a router's calls."""
 
     def logits(self, router: Router, logits_NE: Tensor) -> None:
-        """Raw logits, before any steering."""
+        """Raw logits [N, W], before any steering; W is E and the shared experts' behind them."""
 
     def selected(self, router: Router, experts_NK: Tensor, weights_NK: Tensor) -> None:
         """What the router selected, after any steering."""
 
 
 class _Mode(TorchFunctionMode):
-    """Catches the logits, and where forced the final top-k, of one call of one router."""
+    """Catches the logits and the final top-k of one call of one router, and puts steered ones in their place."""
 
     def __init__(self, router: Router, steering: Steering | None, capture: Capture | None) -> None:
         super().__init__()
         self.router, self.steering, self.capture = router, steering, capture
         self.fired = 0
+        self.raw: Tensor | None = None
+        self.ranked_NK: Tensor | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func in _LINEAR and out.shape[-1] == self.router.experts:
-            self.fired += 1
-            if self.capture is not None:
-                self.capture.logits(self.router, out)
-            return out if self.steering is None else self.steering.logits(self.router, out)
-        if func in _TOPK and self.steering is not None:
-            scores = args[0]
-            k = args[1] if len(args) > 1 else (kwargs or {}).get("k")
-            if k == self.router.scoring.top_k and scores.shape[-1] == self.router.experts:
-                ranks = self.steering.ranks(self.router, scores)
-                if ranks is not None:
-                    ids = torch.topk(ranks, k, dim=-1).indices
-                    return torch.return_types.topk((scores.gather(-1, ids), ids))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in _LINEAR and out.shape[-1] == self.router.width:
+            return self._steered(out)
+        if func in _TOPK:
+            scores = args[0] if args else kwargs["input"]
+            if self._is_final(scores, args[1] if len(args) > 1 else kwargs.get("k")):
+                out = self._ranked(scores, out)
+                self.ranked_NK = out.indices
+        elif func in _MAX and self.router.scoring.kind == "sparsemixer" and not torch.is_tensor(out):
+            return self._picked(args[0], out)
         return out
+
+    def _steered(self, logits: Tensor) -> Tensor:
+        self.fired += 1
+        router, flat_NW = self.router, logits.reshape(-1, self.router.width)
+        self.raw = logits
+        if self.capture is not None:
+            self.capture.logits(router, flat_NW)
+        if self.steering is None:
+            return logits
+        steered = self.steering.logits(router, flat_NW[:, : router.experts])
+        if router.width > router.experts:
+            steered = torch.cat([steered, flat_NW[:, router.experts :]], dim=-1)
+        return steered.reshape(logits.shape)
+
+    def _is_final(self, scores: Tensor, k: Any) -> bool:
+        """Not a top-k over groups, nor one inside them (which, with a single group, has the same width)."""
+        router = self.router
+        flat = scores.ndim == 2 or not router.family.groups
+        return bool(k == router.scoring.top_k and scores.shape[-1] == router.experts and flat)
+
+    def _ranked(self, scores: Tensor, out: Any) -> Any:
+        ranks = (
+            None if self.steering is None else self.steering.ranks(self.router, scores.reshape(-1, scores.shape[-1]))
+        )
+        if ranks is None:
+            return out
+        ids = torch.topk(ranks, self.router.scoring.top_k, dim=-1).indices.reshape(out.indices.shape)
+        return torch.return_types.topk((scores.gather(-1, ids), ids))
+
+    def _picked(self, scores: Tensor, out: Any) -> Any:
+        """Sparsemixer's two argmaxes: the second is over scores in which the first pick is minus infinity."""
+        ranks = None if self.steering is None else self.steering.ranks(self.router, scores)
+        if ranks is None:
+            return out
+        on, free, taken = torch.isposinf(ranks), torch.isfinite(ranks), torch.isneginf(scores)
+        level = (on * 2 + free * 1).masked_fill(taken, -1)
+        first = level == level.amax(dim=-1, keepdim=True)
+        ids = scores.masked_fill(~first, -torch.inf).argmax(dim=-1, keepdim=True)
+        return torch.return_types.max((scores.gather(-1, ids), ids))
 
 
 class RouterTap:
@@ -84,7 +124,7 @@ class RouterTap:
         self.routers = routers
         self._steering: Steering | None = None
         self._capture: Capture | None = None
-        self._replaced: list[tuple[Router, bool, Any]] = []
+        self._replaced: list[tuple[nn.Module, str, bool, Any]] = []
 
     @property
     def attached(self) -> bool:
@@ -124,42 +164,104 @@ class RouterTap:
         if self._replaced:
             return
         for router in self.routers:
-            own = router.module.__dict__
-            self._replaced.append((router, "forward" in own, own.get("forward")))
-            own["forward"] = self._tapped(router, router.module.forward)
+            if router.selector:
+                pending: list[tuple[Tensor, Tensor]] = []
+                self._replace(router.module, "forward", self._tapped_logits, router, pending)
+                self._replace(router.block, router.selector, self._tapped_selector, router, pending)
+            else:
+                self._replace(router.module, "forward", self._tapped, router)
+
+    def _replace(self, owner: nn.Module, name: str, tapped: Callable[..., Any], router: Router, *more: Any) -> None:
+        own = owner.__dict__
+        self._replaced.append((owner, name, name in own, own.get(name)))
+        own[name] = tapped(router, getattr(owner, name), *more)
 
     def _detach_if_idle(self) -> None:
         if self._steering is not None or self._capture is not None:
             return
-        for router, had_own, forward in self._replaced:
+        for owner, name, had_own, before in self._replaced:
             if had_own:
-                router.module.__dict__["forward"] = forward
+                owner.__dict__[name] = before
             else:
-                router.module.__dict__.pop("forward", None)
+                owner.__dict__.pop(name, None)
         self._replaced = []
 
     def _tapped(self, router: Router, original: Callable[..., Any]) -> Callable[..., Any]:
-        family = router.family
+        """A router that gives its logits and its selection in one call."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             steering, capture = self._steering, self._capture
             before = None
             if steering is not None and steering.wants_check(router):
-                with torch.no_grad():
-                    before = original(*args, **kwargs)[family.experts_index]
+                with torch.no_grad(), _Mode(router, None, None) as mode:
+                    before = _selected(router, original(*args, **kwargs), mode)[0]
             with _Mode(router, steering, capture) as mode:
                 out = original(*args, **kwargs)
-            if mode.fired != 1:
-                raise SelfCheckError(
-                    f"the router computed its logits {mode.fired} times in one call",
-                    where=f"layer {router.layer_id} ({router.path})",
-                    expected="exactly once",
-                    do="run `moesteer models MODEL`; a fused kernel may have replaced the router: disable it",
-                )
-            if capture is not None:
-                capture.selected(router, out[family.experts_index], out[family.weights_index])
-            if before is not None and steering is not None:
-                steering.checked(router, before, out[family.experts_index])
+            _require_once(router, mode)
+            self._report(router, out, mode, before)
             return out
 
         return forward
+
+    def _tapped_logits(
+        self, router: Router, original: Callable[..., Any], pending: list[tuple[Tensor, Tensor]]
+    ) -> Callable[..., Any]:
+        """A router that gives its logits only; the block's selector comes next."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with _Mode(router, self._steering, self._capture) as mode:
+                out = original(*args, **kwargs)
+            _require_once(router, mode)
+            assert mode.raw is not None
+            pending[:] = [(mode.raw, out)]
+            return out
+
+        return forward
+
+    def _tapped_selector(
+        self, router: Router, original: Callable[..., Any], pending: list[tuple[Tensor, Tensor]]
+    ) -> Callable[..., Any]:
+        def select(*args: Any) -> Any:
+            steering, before = self._steering, None
+            if not pending:
+                raise _bypassed(router, "the block selected experts without asking the router")
+            raw, steered = pending.pop()
+            if steering is not None and steering.wants_check(router):
+                with torch.no_grad(), _Mode(router, None, None) as mode:
+                    plain = original(*(raw if arg is steered else arg for arg in args))
+                    before = _selected(router, plain, mode)[0]
+            with _Mode(router, steering, self._capture) as mode:
+                out = original(*args)
+            self._report(router, out, mode, before)
+            return out
+
+        return select
+
+    def _report(self, router: Router, out: Any, mode: _Mode, before: Tensor | None) -> None:
+        if self._capture is None and before is None:
+            return
+        experts_NK, weights_NK = _selected(router, out, mode)
+        if self._capture is not None:
+            self._capture.selected(router, experts_NK, weights_NK)
+        if before is not None and self._steering is not None:
+            self._steering.checked(router, before, experts_NK)
+
+
+def _selected(router: Router, out: Any, mode: _Mode) -> tuple[Tensor, Tensor]:
+    logits_at = -1 if router.selector else router.logits_at
+    read = READOUTS[router.family.reads]
+    return read(out, top_k=router.scoring.top_k, logits_at=logits_at, ranked_NK=mode.ranked_NK)
+
+
+def _require_once(router: Router, mode: _Mode) -> None:
+    if mode.fired != 1:
+        raise _bypassed(router, f"the router computed its logits {mode.fired} times in one call")
+
+
+def _bypassed(router: Router, what: str) -> SelfCheckError:
+    return SelfCheckError(
+        what,
+        where=f"layer {router.layer_id} ({router.path})",
+        expected="its logits computed exactly once, by a linear map",
+        do="run `moesteer models MODEL`; a fused kernel or a quantised router may stand in its place: disable it",
+    )

@@ -1,0 +1,259 @@
+"""Baking: a checkpoint that steers by itself, for servers that run no code of ours. docs/baking.md says what it holds.
+
+The checkpoint's files are copied with the few router tensors changed (models/bake.py, models/checkpoint.py), loaded
+again and compared with the model steered at run time, before the new folder takes its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.utils import cached_file
+
+import moesteer
+from moesteer import files
+from moesteer.backends.hf import Model
+from moesteer.backends.loading import LAB_TINY, load
+from moesteer.errors import FileError, ModelError, NoEffectError, SelfCheckError
+from moesteer.mask import SteeringMask
+from moesteer.models.bake import EXACT, NOT_EXACT, RUNTIME, Plan, plan, require_bakeable
+from moesteer.models.check import Recorded, backbone, difference
+from moesteer.models.checkpoint import DTYPES, Checkpoint, appearing, copy_changed
+from moesteer.models.families import Bake
+
+RECEIPT = "moesteer_bake.json"
+PROBE = (4, 32)
+"""Rows and tokens of the batch that a baked checkpoint is compared on."""
+LOGIT_ERROR = 0.05
+"""The largest error of a logit that is let pass, as a share of the mask's largest bias."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A baked checkpoint beside the model steered by the mask, on `tokens` tokens and every router.
+
+    logit_error: the largest |baked - unbaked - bias| of a router's logits for one input, in logits; None for a forced
+    mask. selections_alike: share of selections (as sets) equal to those of the model steered at run time.
+    """
+
+    tokens: int
+    logit_error: float | None
+    largest_bias: float | None
+    selections_alike: float
+
+
+@dataclass(frozen=True)
+class Baked:
+    """Receipt of a bake. rounding: largest error of storing a value in its tensor's dtype, in the tensor's units.
+
+    alpha: strength of an additive mask, None for a forced one. rewritten: weight files that hold a changed tensor;
+    all else is the source's, byte for byte. left_out: files of the source that were not copied.
+    """
+
+    folder: Path
+    kind: Bake
+    mask_sha256: str
+    alpha: float | None
+    tensors: tuple[str, ...]
+    rewritten: tuple[str, ...]
+    left_out: tuple[str, ...]
+    rounding: float
+    verified: Verified
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, with what is exact and what is not."""
+        return {
+            **asdict(self),
+            "folder": str(self.folder),
+            "exact": EXACT[self.kind],
+            "not_exact": NOT_EXACT[self.kind],
+        }
+
+    def described(self) -> dict[str, str]:
+        """The receipt in words, a line each."""
+        verified = self.verified
+        lines = {
+            "baked": f"{self.folder} (loaded again and compared on {verified.tokens} tokens)",
+            "changed": f"{len(self.tensors)} tensors ({self.kind}) in {', '.join(self.rewritten)}",
+            "exact": EXACT[self.kind],
+            "not exact": NOT_EXACT[self.kind],
+            "selections": f"{100 * verified.selections_alike:.1f} % are those of the model steered at run time",
+        }
+        if verified.logit_error is not None:
+            lines["rounding"] = f"{self.rounding:.2g} in a stored value"
+            lines["logits"] = (
+                f"off by up to {verified.logit_error:.2g}, the largest bias is {verified.largest_bias:.3g}"
+            )
+        if self.left_out:
+            lines["left out"] = ", ".join(self.left_out)
+        return lines
+
+
+def bake(
+    model: Model,
+    mask: SteeringMask,
+    *,
+    out: Path | str,
+    source: Path | str | None = None,
+    alpha: float | None = None,
+    allow_other_checkpoint: bool = False,
+) -> Baked:
+    """Write the checkpoint of `model` with `mask` in it to the new folder `out`, and prove that it steers.
+
+    source: the folder or Hub id (in the local cache) that the model was loaded from; default, the model's name. Its
+    tensors are found by their values, so a folder that does not hold this model is refused. alpha: strength of an
+    additive mask (default: the mask's own); other than 0 it makes no difference to a forced one. The baked copy is
+    loaded beside the model, on the same device: both must fit. `out` appears at the end, or not at all.
+
+    Raises ModelError or MaskContentError for what cannot be baked, MaskMismatchError, NoEffectError, FileError, and
+    SelfCheckError where the result does not do what the mask does.
+    """
+    require_bakeable(mask)
+    mask.check_model(model.fingerprint, allow_other_checkpoint=allow_other_checkpoint)
+    mask.require_entries()
+    strength = mask.info.alpha if alpha is None else alpha
+    if strength == 0 or not (mask.forced or mask.bias_LE(strength).any()):
+        raise NoEffectError(
+            "at this strength the mask steers nothing: there is nothing to bake",
+            where=f"alpha {strength:g}, a {mask.info.method} mask",
+            expected="a strength other than 0, and a mask whose sigmas are not",
+            do="leave alpha out, or give the one the mask was accepted at",
+        )
+    folder, target = source_folder(source if source is not None else model.name), Path(out).absolute()
+    checkpoint = Checkpoint(folder)
+    planned = plan(model.hf, model.routers, mask, alpha=strength, checkpoint=checkpoint)
+    with model.steered([mask], alphas=[strength], allow_other_checkpoint=allow_other_checkpoint):
+        steered, _ = _probed(model)
+    with appearing(target, source=folder) as partial:
+        left_out = copy_changed(checkpoint, partial, planned.changes)
+        verified = _verify(model, steered, mask, planned, alpha=strength, folder=partial)
+        baked = Baked(
+            folder=target, kind=planned.kind, mask_sha256=mask.sha256, alpha=None if mask.forced else strength,
+            tensors=tuple(sorted(change.stored.name for change in planned.changes)),
+            rewritten=tuple(sorted({change.stored.file.name for change in planned.changes})),
+            left_out=left_out, rounding=planned.rounding, verified=verified,
+        )  # fmt: skip
+        facts = {name: value for name, value in baked.as_json().items() if name not in ("folder", "left_out")}
+        origin = {"source": model.fingerprint.model_dump(mode="json"), "creator": f"moesteer {moesteer.__version__}"}
+        files.write_json(partial / RECEIPT, {"format_version": 1, **facts, **origin})
+    return baked
+
+
+def source_folder(source: Path | str) -> Path:
+    """The folder of a checkpoint: a path, lab-tiny, or a Hub id that is in the local cache. Raises FileError."""
+    folder = LAB_TINY if str(source) == "lab-tiny" else Path(source)
+    if not folder.is_dir():
+        try:
+            folder = Path(str(cached_file(str(source), "config.json", local_files_only=True))).parent
+        except (OSError, ValueError) as error:
+            raise FileError(
+                f"the checkpoint's files are not there: {str(error).splitlines()[0]}",
+                where=str(source),
+                expected="a folder, or a Hub id in the local cache",
+                do="give the folder the model was loaded from as `source`",
+            ) from error
+    if (folder / RECEIPT).exists():
+        raise ModelError(
+            "the checkpoint is baked already",
+            where=str(folder / RECEIPT),
+            expected="the checkpoint as its makers published it",
+            do="bake the original again, with the mask you want",
+        )
+    return folder.absolute()
+
+
+def _probed(model: Model) -> tuple[Recorded, dict[int, Tensor]]:
+    """One pass over the probe: what every router gave, and what it got, [N, hidden], by router index."""
+    recorded, inputs = Recorded(), {}
+
+    def keep(index: int) -> Any:
+        def hook(_module: Any, args: Any) -> None:
+            inputs[index] = args[0].detach().reshape(-1, args[0].shape[-1])
+
+        return hook
+
+    rows, length = PROBE
+    tokens = (torch.arange(rows * length) * 7919 % len(model.tokenizer)).reshape(PROBE).to(model.device)
+    handles = [router.module.register_forward_pre_hook(keep(router.index)) for router in model.routers]
+    try:
+        with torch.inference_mode(), model.tap.record(recorded):
+            backbone(model.hf)(input_ids=tokens, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorded, inputs
+
+
+def _verify(
+    model: Model, steered: Recorded, mask: SteeringMask, planned: Plan, *, alpha: float, folder: Path
+) -> Verified:
+    """Load the baked folder and compare. Raises SelfCheckError where it does not do what the mask does."""
+    dtype = str(model.hf.dtype).removeprefix("torch.")
+    # the self-check steers a router and asks for a change, which one whose experts are forced may not show; what it
+    # says of the router unsteered is checked here
+    loaded = load(folder, dtype=dtype, device=str(model.device), check=not mask.forced)
+    recorded, inputs = _probed(loaded)
+    alike = []
+    for router in loaded.routers:
+        ours, theirs = recorded.experts[router.index], steered.experts[router.index]
+        alike.append((ours.sort(-1).values == theirs.sort(-1).values).all(-1).float().mean().item())
+    error = largest = None
+    if mask.forced:
+        _require_forced(loaded, recorded, mask)
+    else:
+        bias_LE = mask.bias_LE(alpha)
+        largest = float(np.abs(bias_LE).max())
+        stored = DTYPES[planned.changes[0].stored.dtype]
+        error = max(
+            _logit_error(model, loaded, index, inputs[index].to(stored).float(), torch.from_numpy(bias_LE[index]))
+            for index in range(len(loaded.routers))
+        )
+        if not error <= LOGIT_ERROR * largest:
+            raise _failed(
+                f"its logits are off by up to {error:.3g}, where the mask's largest bias is {largest:.3g}",
+                folder=model.name, do=f"bake from a checkpoint in float32, raise alpha, or {RUNTIME}",
+            )  # fmt: skip
+    return Verified(PROBE[0] * PROBE[1], error, largest, float(np.mean(alike)))
+
+
+def _logit_error(model: Model, baked: Model, index: int, inputs_NH: Tensor, bias_E: Tensor) -> float:
+    """Largest |baked - unbaked - bias| of one router's logits, its inputs as the checkpoint's dtype rounds them."""
+
+    def logits(of: Model) -> Tensor:
+        router = of.routers[index]
+        bias = None if router.bias is None else router.bias.float()
+        return torch.nn.functional.linear(inputs_NH, router.weight.float(), bias)
+
+    with torch.inference_mode():
+        return float((logits(baked) - logits(model) - bias_E.to(inputs_NH.device)).abs().max())
+
+
+def _require_forced(baked: Model, recorded: Recorded, mask: SteeringMask) -> None:
+    """Raise SelfCheckError unless all on and no off is selected for every token, with the experts' own weights."""
+    assert mask.force_LE is not None
+    for router in baked.routers:
+        index = router.index
+        experts_NK = recorded.experts[index]
+        found = difference(router, recorded.logits_by_router[index], experts_NK, recorded.weights[index])
+        chosen = torch.nn.functional.one_hot(experts_NK, router.experts).any(dim=1).cpu().numpy()
+        force_E = mask.force_LE[index]
+        if not chosen[:, force_E > 0].all():
+            found = f"an expert switched on is not chosen for {int((~chosen[:, force_E > 0].all(-1)).sum())} tokens"
+        elif chosen[:, force_E < 0].any():
+            found = f"an expert switched off is chosen for {int(chosen[:, force_E < 0].any(-1).sum())} tokens"
+        if found is not None:
+            raise _failed(f"layer {router.layer_id}: {found}", folder=baked.name, do=f"report the model, and {RUNTIME}")
+
+
+def _failed(what: str, *, folder: str, do: str) -> SelfCheckError:
+    return SelfCheckError(
+        f"the baked checkpoint does not do what the mask does: {what}",
+        where=folder,
+        expected="the mask's effect on every token; nothing was kept",
+        do=do,
+    )

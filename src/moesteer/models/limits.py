@@ -1,0 +1,55 @@
+"""What cannot be done to a model's routers, said before the first token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moesteer.errors import MaskContentError
+from moesteer.mask import SteeringMask
+from moesteer.models.routers import Router
+from moesteer.routing import check_force
+
+
+def require_possible(mask: SteeringMask, routers: Sequence[Router]) -> None:
+    """Raise MaskContentError for a forced mask that these routers cannot follow; `force_LE` must have their shape.
+
+    More experts on than k, too few left, experts on in more groups than are kept (routing.check_force); an expert
+    on in a top-1 router.
+    """
+    if mask.force_LE is None:
+        return
+    scoring = routers[0].scoring
+    check_force(mask.force_LE, scoring=scoring)
+    on = (mask.force_LE > 0).any(axis=-1)
+    if scoring.top_k == 1 and on.any():
+        raise MaskContentError(
+            "an expert is switched on in a top-1 router",
+            where=f"layer {routers[int(on.argmax())].layer_id}",
+            expected="none switched on: a top-1 router has one place, and every token would take this expert in it",
+            do="switch others off, or use an additive mask, which leaves the choice to the token",
+        )
+
+
+def limits(routers: Sequence[Router]) -> tuple[str, ...]:
+    """What to know of a model's routers before masking them, a sentence each."""
+    first, said = routers[0], []
+    scoring = first.scoring
+    if scoring.top_k == 1:
+        said.append("top-1: experts can be switched off and biased, not switched on")
+    else:
+        said.append(f"at most {scoring.top_k} experts of a layer can be switched on")
+    said.append(f"at most {first.experts - scoring.top_k} of a layer can be switched off")
+    if scoring.groups > 1:
+        said.append(
+            f"experts lie in {scoring.groups} groups of {first.experts // scoring.groups}; "
+            f"those switched on may lie in at most {scoring.groups_kept} of them"
+        )
+    if first.correction is not None:
+        said.append("a correction bias takes part in the choice: a bias on the logits moves it less than elsewhere")
+    if scoring.renormalise and scoring.top_k == 1 and not scoring.shared:
+        said.append("the one weight is always 1: routing weights carry no gradient, so method `direct` finds nothing")
+    if scoring.skipped:
+        said.append(f"the last {scoring.skipped} of the {first.experts} choices is no expert: it skips the layer's")
+    if first.family.note:
+        said.append(first.family.note)
+    return tuple(said)
