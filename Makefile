@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: setup demo test check bench docs clean
+.PHONY: setup demo test families check bench docs clean
 
 setup: $(VENV)/.moesteer
 
@@ -38,15 +38,22 @@ demo: $(VENV)/.moesteer
 test: $(VENV)/.test
 	$(OFFLINE) $(BIN)/python -m pytest
 
+# what `moesteer models` says of each family, from the tests that prove it; for the installed transformers
+families: $(VENV)/.test
+	$(OFFLINE) MOESTEER_RECORD_FAMILIES=1 $(BIN)/python -m pytest tests/compat/test_families.py tests/compat/test_bake.py
+	$(BIN)/python docs/make_families.py
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/make_cli.py --check
+	$(BIN)/python docs/make_families.py --check
 
 docs: $(VENV)/.moesteer
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_families.py
 
 bench: $(VENV)/.moesteer
 	$(OFFLINE) $(BIN)/python bench/overhead.py

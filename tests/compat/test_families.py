@@ -345,6 +345,27 @@ def test_grouped_and_eager_experts_are_steered_alike(name: str, model_of: ModelO
         model.hf.set_experts_implementation("grouped_mm")
 
 
+@pytest.mark.cell("steer")
+@pytest.mark.parametrize("name", ["zaya"])
+def test_a_choice_that_skips_the_experts_is_captured_and_weighs_nothing(
+    name: str, folder_of: Callable[[str], object]
+) -> None:
+    """Loading resets the bias that keeps tokens from skipping, so it is set here: some tokens then skip."""
+    model = load(str(folder_of(name)))
+    skip = model.fingerprint.experts - 1
+    with torch.no_grad():
+        for router in model.routers:
+            assert router.correction is not None
+            router.correction[skip] = 0.3
+    calls, mask = Calls(), additive(model, 4, size=0.2)
+    with mask.apply(model), model.tap.record(calls):
+        model.generate(conversations(), max_new_tokens=3)
+    assert any((chosen == skip).any() and not (chosen == skip).all() for _, _, chosen, _ in calls.calls)
+    for router, raw, chosen, weights in calls.calls:
+        assert difference(router, raw, chosen, weights, bias_NE=mask.bias_LE()[router.index]) is None
+        assert (weights[chosen == skip] == 0).all()
+
+
 @pytest.mark.parametrize(("name", "dtype"), sorted(CANNOT_RUN))
 def test_a_model_that_transformers_cannot_run_in_a_dtype_is_refused(
     name: str, dtype: str, folder_of: Callable[[str], object]

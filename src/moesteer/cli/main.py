@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 
@@ -39,7 +40,7 @@ app.add_typer(mask.app, name="mask")
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(report.report)
-app.command("models")(models.models)
+app.add_typer(models.app, name="models")
 app.command("methods")(listing.methods)
 app.command("suites")(listing.suites)
 app.add_typer(lab.app, name="lab")
@@ -49,6 +50,8 @@ app.command("doctor")(doctor.doctor)
 def run() -> None:
     """Entry point. Exit codes: 0 done, 1 failed, 2 bad usage or input, 3 a constraint or check not met, 130 stopped."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for name in ("torchao", "torch.utils._pytree"):  # both complain on import, about kernels for other machines
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except MoesteerError as error:

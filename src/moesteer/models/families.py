@@ -59,7 +59,7 @@ class Family:
     jitter: float | str = 0.01
     low_precision: bool = False
     kind_switch: tuple[str, Mapping[str, ScoringKind]] = ("", {})
-    reads: Literal["tuple", "top-k", "sorted"] = "tuple"
+    reads: Literal["tuple", "top-k", "dense", "sorted"] = "tuple"
     selector: str = ""
     router: str = ""
     skips: str = ""
@@ -178,7 +178,7 @@ ROWS = (
         examples=("LiquidAI/LFM2-8B-A1B",),
     ),
     Family(
-        "llama4", "topk-sigmoid", also=("llama4_text",), renormalise=False, reads="top-k",
+        "llama4", "topk-sigmoid", also=("llama4_text",), renormalise=False, reads="dense",
         examples=("meta-llama/Llama-4-Scout-17B-16E-Instruct",),
     ),
     softmax(

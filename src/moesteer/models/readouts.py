@@ -24,16 +24,18 @@ def from_tuple(out: Any, *, top_k: int, logits_at: int, ranked_NK: Tensor | None
 
 
 def from_top_k(out: Any, *, top_k: int, logits_at: int, ranked_NK: Tensor | None) -> Selected:
-    """The ids of the final top-k; the weights as returned, or where they are dense [N, E] at these ids.
+    """zaya: the ids of the final top-k, since it replaces the id of its skip choice by 0; the weights as returned."""
+    assert ranked_NK is not None, "the router ran without its top-k"
+    weights = next(x for place, x in enumerate(out) if place != logits_at and x.dtype.is_floating_point)
+    return ranked_NK.reshape(-1, top_k), weights.reshape(-1, top_k)
 
-    llama4 returns dense scores; zaya replaces the id of its skip choice by 0.
-    """
+
+def from_dense(out: Any, *, top_k: int, logits_at: int, ranked_NK: Tensor | None) -> Selected:
+    """llama4: the ids of the final top-k; the weights at these ids of what it returns, [N, E] and 0 elsewhere."""
     assert ranked_NK is not None, "the router ran without its top-k"
     ids = ranked_NK.reshape(-1, top_k)
-    weights = next(x for place, x in enumerate(out) if place != logits_at and x.dtype.is_floating_point)
-    if weights.shape[-1] == top_k:
-        return ids, weights.reshape(-1, top_k)
-    return ids, weights.reshape(len(ids), -1).gather(-1, ids)
+    dense = next(x for place, x in enumerate(out) if place != logits_at)
+    return ids, dense.reshape(len(ids), -1).gather(-1, ids)
 
 
 def from_sorted(out: Any, *, top_k: int, logits_at: int, ranked_NK: Tensor | None) -> Selected:
@@ -45,4 +47,9 @@ def from_sorted(out: Any, *, top_k: int, logits_at: int, ranked_NK: Tensor | Non
     return ids.reshape(-1, top_k), unsorted.reshape(-1, top_k)
 
 
-READOUTS: Mapping[str, Callable[..., Selected]] = {"tuple": from_tuple, "top-k": from_top_k, "sorted": from_sorted}
+READOUTS: Mapping[str, Callable[..., Selected]] = {
+    "tuple": from_tuple,
+    "top-k": from_top_k,
+    "dense": from_dense,
+    "sorted": from_sorted,
+}

@@ -91,10 +91,8 @@ class _Mode(TorchFunctionMode):
         return steered.reshape(logits.shape)
 
     def _is_final(self, scores: Tensor, k: Any) -> bool:
-        """Not a top-k over groups, nor one inside them (which, with a single group, has the same width)."""
-        router = self.router
-        flat = scores.ndim == 2 or not router.family.groups
-        return bool(k == router.scoring.top_k and scores.shape[-1] == router.experts and flat)
+        """Over all choices. A top-k over groups or inside one is narrower, unless there is one group, which is kept."""
+        return bool(k == self.router.scoring.top_k and scores.shape[-1] == self.router.experts)
 
     def _ranked(self, scores: Tensor, out: Any) -> Any:
         ranks = (
@@ -174,7 +172,8 @@ class RouterTap:
     def _replace(self, owner: nn.Module, name: str, tapped: Callable[..., Any], router: Router, *more: Any) -> None:
         own = owner.__dict__
         self._replaced.append((owner, name, name in own, own.get(name)))
-        own[name] = tapped(router, getattr(owner, name), *more)
+        # opaque to torch.compile: traced into a graph, the tap loses what it keeps between its two catches
+        own[name] = torch.compiler.disable(tapped(router, getattr(owner, name), *more))
 
     def _detach_if_idle(self) -> None:
         if self._steering is not None or self._capture is not None:

@@ -1,0 +1,135 @@
+"""A model's routers by its config alone: nothing is loaded, so a checkpoint of a terabyte takes a second."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from moesteer import files
+from moesteer.backends.loading import class_for, quiet_bars, read_config, source_of
+from moesteer.errors import FileError, ModelError
+from moesteer.models.limits import limits
+from moesteer.models.routers import find_routers
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What config.json (and the index of the shards, where there is one) says of a model's routers.
+
+    layer_ids: decoder layers with a router. paths: of the routers in the model. limits: what masks must heed.
+    shards: files the index names; shards_here: those present; index_agrees: the layers that have experts in the
+    index are those with a router in the config (None without an index that names layers).
+    """
+
+    model_type: str
+    family: str
+    architectures: tuple[str, ...]
+    layer_ids: tuple[int, ...]
+    experts: int
+    top_k: int
+    scoring: str
+    paths: tuple[str, ...]
+    limits: tuple[str, ...]
+    parameters: int
+    shards: int
+    shards_here: int
+    index_agrees: bool | None
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """For results and `--json`."""
+        return asdict(self)
+
+
+def shape_of(model: str | Path, *, revision: str | None = None) -> Shape:
+    """The Shape of a folder or Hub id. Reads config.json and the index, and no weight.
+
+    Raises what `load` raises for a model that cannot be steered, ModelError for one transformers cannot build.
+    """
+    name = str(model)
+    source = source_of(name)
+    stored = read_config(source, name=name, revision=revision)
+    try:
+        with quiet_bars(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+            empty = class_for(stored).from_config(config)
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(
+            f"transformers could not build the model from its config: {str(error).splitlines()[0]}",
+            where=name,
+            expected="a config.json that the installed transformers knows",
+            do="`moesteer doctor` shows the versions in use; newer models need a newer transformers",
+        ) from error
+    routers = find_routers(empty)
+    first = routers[0]
+    layer_ids = tuple(router.layer_id for router in routers)
+    shards, here, agrees = _index(Path(source), layer_ids)
+    return Shape(
+        model_type=str(config.model_type),
+        family=first.family.model_type,
+        architectures=tuple(str(x) for x in stored.get("architectures") or ()),
+        layer_ids=layer_ids,
+        experts=first.experts,
+        top_k=first.scoring.top_k,
+        scoring=first.scoring.describe(),
+        paths=tuple(router.path for router in routers),
+        limits=limits(routers),
+        parameters=sum(p.numel() for p in empty.parameters()),
+        shards=shards,
+        shards_here=here,
+        index_agrees=agrees,
+        notes=notes_of(stored),
+    )
+
+
+def _index(folder: Path, layer_ids: tuple[int, ...]) -> tuple[int, int, bool | None]:
+    path = folder / INDEX
+    if not path.is_file():
+        single = int((folder / "model.safetensors").is_file())
+        return single, single, None
+    index = files.read_json(path)
+    placed = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(placed, dict) or not all(isinstance(x, str) for x in placed.values()):
+        raise FileError(
+            "the index has no weight_map",
+            where=str(path),
+            expected="tensor names to file names",
+            do="download it again",
+        )
+    names = set(placed.values())
+    outside = sorted(name for name in names if Path(name).name != name)
+    if outside:
+        raise FileError(
+            f"the index leads out of its folder: {outside[0]!r}",
+            where=str(path),
+            expected="file names in the same folder",
+            do="do not use this checkpoint",
+        )
+    routed = re.compile(r"(?:layers|blocks)\.(\d+)\.(?!.*shared_expert).*experts\b")
+    found = {int(match.group(1)) for key in placed if (match := routed.search(key))}
+    agrees = None if not found else set(layer_ids) <= found
+    return len(names), sum((folder / name).is_file() for name in names), agrees
+
+
+def notes_of(stored: dict[str, Any]) -> tuple[str, ...]:
+    """Traps of a checkpoint that its config shows."""
+    said = []
+    architectures = stored.get("architectures") or []
+    if "PhimoeForCausalLM" in architectures:
+        said.append(
+            "re-saved by transformers 5: vLLM knows this architecture as PhiMoEForCausalLM and would crash; "
+            "`moesteer models convert` rewrites the name"
+        )
+    method = (stored.get("quantization_config") or {}).get("quant_method")
+    if method == "mxfp4":
+        said.append("MXFP4: its kernels never call the router, so it is loaded dequantised, in about 4 x the memory")
+    elif method:
+        said.append(f"quantised ({method}): the self-check says whether its routers can be steered")
+    return tuple(said)
