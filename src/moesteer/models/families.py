@@ -29,7 +29,7 @@ class Family:
     number, or the name that holds it. correction, expert_scale: names of vectors [E].
     reads: how the router's result is read (models/readouts.py). selector: the block's method that selects, where the
     router only gives logits. router: the class's name, where transformers records another module. skips: routers left
-    alone, as a regular expression on their paths. steers_vision: whether a mask also steers tokens of images.
+    alone, as a regular expression on their paths.
     layer_pattern: regular expression whose first group is the decoder layer's number in a module path.
     bake: what of the checkpoint can hold a mask: "bias" and "layernorm" exactly, "correction" the selection only.
     note: what a user of the family must know.
@@ -127,7 +127,7 @@ ROWS = (
     softmax_renormalised(
         "ernie4_5_vl_moe", also=("ernie4_5_vl_moe_text",), router="Ernie4_5_VLMoeMoeTopKRouter", skips=r"vision_moe",
         correction="moe_statics.e_score_correction_bias", norm_min="norm_min", bake="correction",
-        note="text tokens only: images have experts and routers of their own, and prompts with images are refused",
+        note="text tokens only: images have experts and routers of their own, which are left alone",
         examples=("baidu/ERNIE-4.5-VL-28B-A3B-PT",),
     ),
     deepseek("exaone_moe", examples=("LGAI-EXAONE/K-EXAONE-236B-A23B",)),
