@@ -23,7 +23,7 @@ from moesteer.errors import FileError, ModelError, NoEffectError, SelfCheckError
 from moesteer.mask import SteeringMask
 from moesteer.models.bake import EXACT, NOT_EXACT, RUNTIME, Plan, plan, require_bakeable
 from moesteer.models.check import Recorded, backbone, difference
-from moesteer.models.checkpoint import DTYPES, Checkpoint, appearing, copy_changed
+from moesteer.models.checkpoint import DTYPES, Checkpoint, copy_changed
 from moesteer.models.families import Bake
 
 RECEIPT = "moesteer_bake.json"
@@ -105,8 +105,8 @@ def bake(
 ) -> Baked:
     """Write the checkpoint of `model` with `mask` in it to the new folder `out`, and prove that it steers.
 
-    source: the folder or Hub id (in the local cache) that the model was loaded from; default, the model's name. Its
-    tensors are found by their values, so a folder that does not hold this model is refused. alpha: strength of an
+    source: the folder or Hub id (in the local cache) that the model was loaded from; default, the model's name. The
+    routers' tensors are found in it by their values, and it is refused if they are not there. alpha: strength of an
     additive mask (default: the mask's own); other than 0 it makes no difference to a forced one. The baked copy is
     loaded beside the model, on the same device: both must fit. `out` appears at the end, or not at all.
 
@@ -129,7 +129,7 @@ def bake(
     planned = plan(model.hf, model.routers, mask, alpha=strength, checkpoint=checkpoint)
     with model.steered([mask], alphas=[strength], allow_other_checkpoint=allow_other_checkpoint):
         steered, _ = _probed(model)
-    with appearing(target, source=folder) as partial:
+    with files.appearing(target, source=folder) as partial:
         left_out = copy_changed(checkpoint, partial, planned.changes)
         verified = _verify(model, steered, mask, planned, alpha=strength, folder=partial)
         baked = Baked(
@@ -194,30 +194,31 @@ def _verify(
 ) -> Verified:
     """Load the baked folder and compare. Raises SelfCheckError where it does not do what the mask does."""
     dtype = str(model.hf.dtype).removeprefix("torch.")
-    # the self-check steers a router and asks for a change, which one whose experts are forced may not show; what it
-    # says of the router unsteered is checked here
-    loaded = load(folder, dtype=dtype, device=str(model.device), check=not mask.forced)
+    loaded = load(folder, dtype=dtype, device=str(model.device))
     recorded, inputs = _probed(loaded)
     alike = []
     for router in loaded.routers:
-        ours, theirs = recorded.experts[router.index], steered.experts[router.index]
-        alike.append((ours.sort(-1).values == theirs.sort(-1).values).all(-1).float().mean().item())
+        ours, theirs = (run.experts[router.index].cpu().sort(-1).values for run in (recorded, steered))
+        alike.append((ours == theirs).all(-1).float().mean().item())
     error = largest = None
     if mask.forced:
-        _require_forced(loaded, recorded, mask)
+        _require_forced(loaded, recorded, mask, where=model.name)
     else:
         bias_LE = mask.bias_LE(alpha)
         largest = float(np.abs(bias_LE).max())
         stored = DTYPES[planned.changes[0].stored.dtype]
-        error = max(
-            _logit_error(model, loaded, index, inputs[index].to(stored).float(), torch.from_numpy(bias_LE[index]))
+        errors = [
+            _logit_error(model, loaded, index, inputs[index].cpu().to(stored).float(), torch.from_numpy(bias_LE[index]))
             for index in range(len(loaded.routers))
-        )
+        ]
+        error = float(np.max(errors))  # NaN if one is
         if not error <= LOGIT_ERROR * largest:
+            larger = "raise alpha, or " if planned.kind == "bias" else ""
             raise _failed(
-                f"its logits are off by up to {error:.3g}, where the mask's largest bias is {largest:.3g}",
-                folder=model.name, do=f"bake from a checkpoint in float32, raise alpha, or {RUNTIME}",
-            )  # fmt: skip
+                f"a router's logits are off by up to {error:.3g}, where the mask's largest bias is {largest:.3g}",
+                where=f"{model.name}, stored in {str(stored)[6:]}, run in {dtype}",
+                do=f"{larger}bake from a checkpoint in float32 and run it so, or {RUNTIME}",
+            )
     return Verified(PROBE[0] * PROBE[1], error, largest, float(np.mean(alike)))
 
 
@@ -226,34 +227,34 @@ def _logit_error(model: Model, baked: Model, index: int, inputs_NH: Tensor, bias
 
     def logits(of: Model) -> Tensor:
         router = of.routers[index]
-        bias = None if router.bias is None else router.bias.float()
-        return torch.nn.functional.linear(inputs_NH, router.weight.float(), bias)
+        bias = None if router.bias is None else router.bias.float().cpu()
+        return torch.nn.functional.linear(inputs_NH, router.weight.float().cpu(), bias)
 
     with torch.inference_mode():
-        return float((logits(baked) - logits(model) - bias_E.to(inputs_NH.device)).abs().max())
+        return float((logits(baked) - logits(model) - bias_E).abs().max())
 
 
-def _require_forced(baked: Model, recorded: Recorded, mask: SteeringMask) -> None:
+def _require_forced(baked: Model, recorded: Recorded, mask: SteeringMask, *, where: str) -> None:
     """Raise SelfCheckError unless all on and no off is selected for every token, with the experts' own weights."""
     assert mask.force_LE is not None
     for router in baked.routers:
         index = router.index
         experts_NK = recorded.experts[index]
         found = difference(router, recorded.logits_by_router[index], experts_NK, recorded.weights[index])
-        chosen = torch.nn.functional.one_hot(experts_NK, router.experts).any(dim=1).cpu().numpy()
+        chosen = torch.nn.functional.one_hot(experts_NK.long(), router.experts).any(dim=1).cpu().numpy()
         force_E = mask.force_LE[index]
         if not chosen[:, force_E > 0].all():
             found = f"an expert switched on is not chosen for {int((~chosen[:, force_E > 0].all(-1)).sum())} tokens"
         elif chosen[:, force_E < 0].any():
             found = f"an expert switched off is chosen for {int(chosen[:, force_E < 0].any(-1).sum())} tokens"
         if found is not None:
-            raise _failed(f"layer {router.layer_id}: {found}", folder=baked.name, do=f"report the model, and {RUNTIME}")
+            raise _failed(f"layer {router.layer_id}: {found}", where=where, do=f"report the model, and {RUNTIME}")
 
 
-def _failed(what: str, *, folder: str, do: str) -> SelfCheckError:
+def _failed(what: str, *, where: str, do: str) -> SelfCheckError:
     return SelfCheckError(
         f"the baked checkpoint does not do what the mask does: {what}",
-        where=folder,
+        where=where,
         expected="the mask's effect on every token; nothing was kept",
         do=do,
     )

@@ -7,13 +7,16 @@ last line is ignored when it is read.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ LIMITS_BYTES = {
 """The largest file of each kind that is read, in bytes."""
 
 TEMPORARY_SUFFIX = ".moesteer-tmp"
+PARTIAL_SUFFIX = ".moesteer-partial"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -218,3 +222,60 @@ def remove_temporaries(folder: Path) -> int:
 def sha256(data: bytes) -> str:
     """Lower-case hex digest."""
     return hashlib.sha256(data).hexdigest()
+
+
+def copy(source: Path, target: Path, patches: Iterable[tuple[int, bytes]] = ()) -> None:
+    """A file's bytes (of what it links to), with `patches` (first byte, data) written over; flushed to the disk.
+
+    For files inside a folder that is `appearing`: the copy itself is not atomic.
+    """
+    shutil.copyfile(source, target)
+    with open(target, "r+b") as handle:
+        for start, data in patches:
+            handle.seek(start)
+            handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+@contextmanager
+def appearing(out: Path, *, source: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` that takes its name at the end, or goes away; FileError where that cannot be.
+
+    What a killed process left there is deleted first. A folder that another process is writing is refused.
+    """
+    partial = out.with_name(f".{out.name}{PARTIAL_SUFFIX}")
+    try:
+        if source.resolve() in (out.resolve(), *out.resolve().parents):
+            raise _no_folder(out, "it is the checkpoint's own, or in it")
+        if out.is_symlink() or out.is_mount() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+            raise _no_folder(out, "it is not empty, or not an ordinary folder")
+        partial.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except (OSError, ValueError) as error:
+        raise _no_folder(out, str(error)) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            for left in partial.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield partial
+            os.fsync(descriptor)
+            os.rename(partial, out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        held = isinstance(error, BlockingIOError)
+        raise _no_folder(out, "another process is writing into it" if held else str(error)) from error
+    finally:
+        os.close(descriptor)
+
+
+def _no_folder(out: Path, what: str) -> FileError:
+    return FileError(
+        f"cannot write into the folder: {what}",
+        where=str(out),
+        expected="a new or empty folder outside the checkpoint, with room on the disk",
+        do="choose another folder, or free some space",
+    )

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from moesteer.backends.hf import Model
 from moesteer.backends.shape import shape_of
 from moesteer.cli.main import app
-from moesteer.errors import DenseModelError, FileError, ModelError
+from moesteer.errors import DenseModelError, ModelError
 from moesteer.models.families import ROWS
 from moesteer.models.table import CELLS, family_table, installed_transformers, proven
 from tests.compat.test_families import NAMES
@@ -109,7 +109,7 @@ def test_an_index_without_a_layers_experts_is_noticed(sharded: Path) -> None:
 )
 def test_a_hostile_or_broken_index_is_refused(sharded: Path, content: object, what: str) -> None:
     (sharded / "model.safetensors.index.json").write_text(json.dumps(content))
-    with pytest.raises(FileError, match=what):
+    with pytest.raises(ModelError, match=what):
         shape_of(sharded)
 
 

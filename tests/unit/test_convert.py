@@ -23,8 +23,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import moesteer
 from moesteer import files
 from moesteer.errors import DenseModelError, FileError, InputError, LimitError, ModelError, UnsafeModelError
+from moesteer.files import PARTIAL_SUFFIX
 from moesteer.models import convert as module
-from moesteer.models.convert import CONVERSIONS, INDEX, PARTIAL_SUFFIX, SINGLE, Converted, convert
+from moesteer.models.checkpoint import INDEX, SINGLE
+from moesteer.models.convert import CONVERSIONS, Converted, convert
 
 LAB_TINY = Path(moesteer.__file__).parent / "lab" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -411,7 +413,7 @@ def test_two_conversions_into_one_folder_do_not_mix(tmp_path):
     descriptor = os.open(partial, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
-        refused(source, tmp_path / "qwen", FileError, "another process is converting into it")
+        refused(source, tmp_path / "qwen", FileError, "another process is writing into it")
     finally:
         os.close(descriptor)
     convert(source, tmp_path / "qwen")
@@ -571,7 +573,8 @@ def test_an_index_that_leads_elsewhere_is_refused(name, tmp_path):
     index = json.loads((source / INDEX).read_text())
     index["weight_map"]["lm_head.weight"] = name
     (source / INDEX).write_text(json.dumps(index))
-    refused(source, tmp_path / "qwen", UnsafeModelError, f"the index leads to {name!r}", expected="its own folder")
+    where_to = f"the index leads out of its folder, to {name!r}"
+    refused(source, tmp_path / "qwen", UnsafeModelError, where_to, expected="its own folder")
 
 
 @pytest.mark.parametrize(

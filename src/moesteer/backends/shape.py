@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from moesteer import files
 from moesteer.backends.loading import class_for, quiet_bars, read_config, source_of
-from moesteer.errors import FileError, ModelError
+from moesteer.errors import ModelError
+from moesteer.models.checkpoint import INDEX, SINGLE, placed_in
 from moesteer.models.limits import limits
 from moesteer.models.routers import find_routers
-
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -90,28 +88,11 @@ def shape_of(model: str | Path, *, revision: str | None = None) -> Shape:
 
 
 def _index(folder: Path, layer_ids: tuple[int, ...]) -> tuple[int, int, bool | None]:
-    path = folder / INDEX
-    if not path.is_file():
-        single = int((folder / "model.safetensors").is_file())
+    if not (folder / INDEX).is_file():
+        single = int((folder / SINGLE).is_file())
         return single, single, None
-    index = files.read_json(path)
-    placed = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(placed, dict) or not all(isinstance(x, str) for x in placed.values()):
-        raise FileError(
-            "the index has no weight_map",
-            where=str(path),
-            expected="tensor names to file names",
-            do="download it again",
-        )
+    placed = placed_in(folder)
     names = set(placed.values())
-    outside = sorted(name for name in names if Path(name).name != name)
-    if outside:
-        raise FileError(
-            f"the index leads out of its folder: {outside[0]!r}",
-            where=str(path),
-            expected="file names in the same folder",
-            do="do not use this checkpoint",
-        )
     routed = re.compile(r"(?:layers|blocks)\.(\d+)\.(?!.*shared_expert).*experts\b")
     found = {int(match.group(1)) for key in placed if (match := routed.search(key))}
     agrees = None if not found else set(layer_ids) <= found

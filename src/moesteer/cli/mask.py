@@ -86,8 +86,9 @@ def bake(
     mask = SteeringMask.load(file)
     from moesteer import baking
     from moesteer.backends.loading import load
+    from moesteer.models.bake import require_bakeable
 
-    baking.require_bakeable(mask)
+    require_bakeable(mask)  # before minutes of loading
     show.quiet_transformers()
     loaded = load(model, dtype=dtype, device=device)
     baked = baking.bake(loaded, mask, out=out, alpha=alpha, allow_other_checkpoint=allow_other_checkpoint)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moesteer import routing
-from moesteer.errors import ModelError, NanLogitsError, SelfCheckError
+from moesteer.errors import MaskContentError, ModelError, NanLogitsError, SelfCheckError
 from moesteer.models.routers import Router, dtype_name
 from moesteer.models.steering import MaskTables
 from moesteer.models.tap import RouterTap
@@ -117,20 +117,11 @@ def self_check(model: PreTrainedModel, tap: RouterTap, *, vocabulary: int) -> No
             )
         _require(difference(router, logits, base.experts[router.index], base.weights[router.index]), router, where)
 
-    raw = base.logits_by_router[target.index].float().cpu().numpy()[:, : target.experts]
-    spread = float(raw.std()) or 1.0
-    bias = np.random.default_rng(0).normal(scale=2 * spread, size=target.experts).astype(np.float32)
-    force = np.zeros(target.experts, dtype=np.int8)
-    order = np.argsort(raw.mean(axis=0))
-    if target.scoring.top_k > 1:
-        force[order[0]] = 1
-    if target.experts > target.scoring.top_k:
-        force[order[-1]] = -1
-    for name, bias_E, force_E in (("a bias", bias, None), ("forced experts", None, force)):
+    index, changed = target.index, False
+    for name, bias_E, force_E in _trials(target, base):
         tables = MaskTables.one_layer(tap.routers, target, bias_E=bias_E, force_E=force_E, device=model.device)
         with tap.steer(tables):
             seen, _ = _run(model, tap, probe, where=where)
-        index = target.index
         if not torch.equal(seen.logits_by_router[index], base.logits_by_router[index]):
             raise _failure(f"{name} on one layer changed what that layer's router gets", target, where)
         found = difference(
@@ -142,11 +133,34 @@ def self_check(model: PreTrainedModel, tap: RouterTap, *, vocabulary: int) -> No
             force_NE=force_E,
         )
         _require(found, target, where)
-        if torch.equal(seen.experts[index].sort(-1).values, base.experts[index].sort(-1).values):
-            raise _failure(f"{name} of twice the spread of its logits changed no selection", target, where)
+        changed |= not torch.equal(seen.experts[index].sort(-1).values, base.experts[index].sort(-1).values)
+    if not changed:
+        raise _failure("neither a bias nor forced experts change what it selects: nothing was proven", target, where)
     _, again = _run(model, tap, probe, where=where)
     if not torch.equal(again, base_out):
         raise _failure("the model does not come back bit for bit after steering", target, where)
+
+
+def _trials(router: Router, base: Recorded) -> list[tuple[str, NDArray[np.float32] | None, NDArray[np.int8] | None]]:
+    """What the router is steered by: a random bias, and the least chosen expert on with the most chosen one off.
+
+    Where a bias cannot change the choice (a large correction bias decides it), or all places are taken, the other may.
+    """
+    raw = base.logits_by_router[router.index].float().cpu().numpy()[:, : router.experts]
+    spread = float(raw.std()) or 1.0
+    bias_E = np.random.default_rng(0).normal(scale=2 * spread, size=router.experts).astype(np.float32)
+    chosen = np.bincount(base.experts[router.index].cpu().numpy().ravel(), minlength=router.experts)
+    order = np.lexsort((raw.mean(axis=0), chosen))
+    force_E = np.zeros(router.experts, dtype=np.int8)
+    if router.scoring.top_k > 1:
+        force_E[order[0]] = 1
+    if router.experts > router.scoring.top_k:
+        force_E[order[-1]] = -1
+    try:
+        routing.check_force(force_E[None], scoring=router.scoring)
+    except MaskContentError:  # groups too small to spare one
+        force_E[order[-1]] = 0
+    return [("a bias", bias_E, None), ("forced experts", None, force_E)]
 
 
 def backbone(model: PreTrainedModel) -> Any:

@@ -6,32 +6,26 @@ before anything is written; tensors are read one by one and written in shards.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 
 from moesteer import files
-from moesteer.errors import FileError, InputError, ModelError, UnsafeModelError
+from moesteer.errors import FileError, InputError, ModelError
 from moesteer.models import deepseek_v1, phimoe
+from moesteer.models.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, Stored, broken
 from moesteer.models.pieces import Piece
 from moesteer.progress import Progress
 
 SHARD_BYTES = 2_000_000_000
 """Tensors in one written file, in bytes; a conversion takes about as much memory."""
-PARTIAL_SUFFIX = ".moesteer-partial"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CARRIED = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
     "LICENSE", "LICENSE-MODEL",
@@ -50,14 +44,6 @@ class Converted:
     tensors: int
     size_bytes: int
     folder: Path
-
-
-class Stored(NamedTuple):
-    """A tensor of the source: its file, dtype as safetensors names it, and shape."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -123,7 +109,7 @@ def convert(
         wanted = (Piece(name, name, tensor.shape) for name, tensor in stored.items())
     pieces = _matched(wanted, stored, where=str(source))
     new["converted_from"] = {"model_type": row.source, "config_sha256": files.sha256(data)}
-    with _appearing(out, source=source) as folder:
+    with files.appearing(out, source=source) as folder:
         size = _write_weights(folder, pieces, stored, shard_bytes=shard_bytes, title=title)
         _carry(source, folder)
         files.write_json(folder / "config.json", new)
@@ -147,55 +133,11 @@ def _parsed(data: bytes, where: str) -> Any:
 
 def _stored(folder: Path) -> dict[str, Stored]:
     """Every tensor of the checkpoint by name, from the headers of its safetensors files."""
-    placed, names = None, [SINGLE]
-    if not (folder / SINGLE).is_file():
-        placed = _index(folder)
-        names = sorted(set(placed.values()))
-    stored: dict[str, Stored] = {}
-    for path in (folder / name for name in names):
-        with _opened(path) as shard:
-            for name in shard.keys():  # noqa: SIM118 (not a dict)
-                part = shard.get_slice(name)
-                if name in stored:
-                    raise _broken(path, f"{name} is in {stored[name].file.name} too")
-                if part.get_dtype() not in DTYPES:
-                    raise _broken(path, f"{name} is of type {part.get_dtype()}", expected=", ".join(DTYPES))
-                stored[name] = Stored(path, part.get_dtype(), tuple(part.get_shape()))
-    if placed is not None and placed != {name: tensor.file.name for name, tensor in stored.items()}:
-        raise _broken(folder / INDEX, "the index and the files disagree on which tensors there are")
-    return stored
-
-
-def _index(folder: Path) -> dict[str, str]:
-    """The index: file names by tensor. Raises UnsafeModelError for pickled weights and names that are paths."""
-    if not (folder / INDEX).is_file():
-        pickled = any(next(folder.glob(f"*.{kind}"), None) for kind in ("bin", "pt", "pth"))
-        raise (UnsafeModelError if pickled else ModelError)(
-            "the weights are pickled: reading them can run code" if pickled else "the folder holds no weights",
-            where=str(folder), expected=f"{SINGLE}, or {INDEX} and its files",
-            do="use a revision with safetensors weights, or convert them where code may run",
-        )  # fmt: skip
-    index = files.read_json(folder / INDEX)
-    placed = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
-        raise _broken(folder / INDEX, "the index has no weight_map of tensors to files")
-    for name in sorted(set(placed.values())):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise UnsafeModelError(
-                f"the index leads to {name!r}"[:200], where=str(folder / INDEX), do="do not use this checkpoint",
-                expected="names of .safetensors files in its own folder",
-            )  # fmt: skip
-    return placed
-
-
-def _opened(path: Path) -> Any:
-    """A safetensors file as a context, memory-mapped: a tensor is read when it is asked for."""
-    try:
-        if not path.is_file():  # opening a pipe would wait for ever
-            raise _broken(path, "the file is missing")
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise _broken(path, f"the file cannot be read: {error}") from error
+    checkpoint = Checkpoint(folder)
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise broken(tensor.file, f"{name} is of type {tensor.dtype}", expected=", ".join(DTYPES))
+    return checkpoint.tensors
 
 
 def _matched(wanted: Iterator[Piece], stored: Mapping[str, Stored], *, where: str) -> list[Piece]:
@@ -204,13 +146,13 @@ def _matched(wanted: Iterator[Piece], stored: Mapping[str, Stored], *, where: st
     for piece in wanted:
         found = stored.get(piece.like)
         if found is None:
-            raise _broken(where, f"the tensor {piece.like} is missing")
+            raise broken(where, f"the tensor {piece.like} is missing")
         if piece.how != "zero" and found.shape != piece.shape:
-            raise _broken(where, f"{piece.like} has shape {list(found.shape)}", expected=f"{list(piece.shape)}")
+            raise broken(where, f"{piece.like} has shape {list(found.shape)}", expected=f"{list(piece.shape)}")
         pieces.append(piece)
     unused = sorted(set(stored) - {piece.like for piece in pieces})
     if unused:
-        raise _broken(where, f"{len(unused)} unexpected tensors: {', '.join(unused[:3])}"[:400])
+        raise broken(where, f"{len(unused)} unexpected tensors: {', '.join(unused[:3])}"[:400])
     return pieces
 
 
@@ -229,10 +171,9 @@ def _write_weights(
         room, total = room - size, total + size
     count = len(groups)
     names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    with ExitStack() as stack, Progress(title or "", total=count, unit="files", shown=title is not None) as progress:
-        shards = {path: stack.enter_context(_opened(path)) for path in {tensor.file for tensor in stored.values()}}
+    with Progress(title or "", total=count, unit="files", shown=title is not None) as progress:
         for name, group in zip(names, groups, strict=True):
-            tensors = {piece.name: _tensor(piece, stored[piece.like], shards) for piece in group}
+            tensors = {piece.name: _tensor(piece, stored[piece.like]) for piece in group}
             files.write_bytes(folder / name, save_tensors(tensors, metadata={"format": "pt"}))
             progress.advance(1, note=name)
     if count > 1:
@@ -241,14 +182,14 @@ def _write_weights(
     return total
 
 
-def _tensor(piece: Piece, found: Stored, shards: Mapping[Path, Any]) -> torch.Tensor:
+def _tensor(piece: Piece, found: Stored) -> torch.Tensor:
     if piece.how == "zero":
         return torch.zeros(piece.shape, dtype=DTYPES[found.dtype])
-    tensor: torch.Tensor = shards[found.file].get_tensor(piece.like)
+    tensor = found.read()
     if piece.how == "double":
         tensor = tensor * 2
         if not tensor.isfinite().all():
-            raise _broken(found.file, f"{piece.like} doubled does not fit {found.dtype}", expected="half its range")
+            raise broken(found.file, f"{piece.like} doubled does not fit {found.dtype}", expected="half its range")
     return tensor
 
 
@@ -261,47 +202,3 @@ def _carry(source: Path, folder: Path) -> None:
         if name in CARRIED_SETTINGS:  # in its own order: added tokens have one
             data = json.dumps(_parsed(data, str(source / name)), indent=2).encode("ascii")
         files.write_bytes(folder / name, data)
-
-
-@contextmanager
-def _appearing(out: Path, *, source: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name at the end, or goes away; FileError where that cannot be.
-
-    What a killed conversion left there is deleted first. A folder that another process is writing is refused.
-    """
-    partial = out.with_name(f".{out.name}{PARTIAL_SUFFIX}")
-    try:
-        if source.resolve() in (out.resolve(), *out.resolve().parents):
-            raise _no_folder(out, "it is the checkpoint's own, or in it")
-        if out.is_symlink() or out.is_mount() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-            raise _no_folder(out, "it is not empty, or not an ordinary folder")
-        partial.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except (OSError, ValueError) as error:
-        raise _no_folder(out, str(error)) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        try:
-            for left in partial.iterdir():
-                left.unlink()
-            yield partial
-            os.rename(partial, out)  # a power cut may undo this, and leaves the hidden folder: all in it is on the disk
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    except OSError as error:
-        held = isinstance(error, BlockingIOError)
-        raise _no_folder(out, "another process is converting into it" if held else str(error)) from error
-    finally:
-        os.close(descriptor)
-
-
-def _broken(where: str | Path, what: str, *, expected: str = "a whole checkpoint") -> ModelError:
-    return ModelError(what, where=str(where), expected=expected, do="fetch the model again, or use another checkpoint")
-
-
-def _no_folder(out: Path, what: str) -> FileError:
-    return FileError(
-        f"cannot convert into the folder: {what}", where=str(out),
-        expected="a new or empty folder outside the checkpoint", do="choose another folder",
-    )  # fmt: skip
