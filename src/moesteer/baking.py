@@ -7,6 +7,7 @@ again and compared with the model steered at run time, before the new folder tak
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers.utils import cached_file
 
-import moesteer
 from moesteer import files
 from moesteer.backends.hf import Model
 from moesteer.backends.loading import LAB_TINY, load
@@ -139,7 +139,7 @@ def bake(
             left_out=left_out, rounding=planned.rounding, verified=verified,
         )  # fmt: skip
         facts = {name: value for name, value in baked.as_json().items() if name not in ("folder", "left_out")}
-        origin = {"source": model.fingerprint.model_dump(mode="json"), "creator": f"moesteer {moesteer.__version__}"}
+        origin = {"source": model.fingerprint.model_dump(mode="json"), "creator": f"moesteer {version('moesteer')}"}
         files.write_json(partial / RECEIPT, {"format_version": 1, **facts, **origin})
     return baked
 

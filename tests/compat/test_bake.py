@@ -484,7 +484,11 @@ def test_folders_that_must_not_be_written_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "expected", "words"),
     [
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64), ModelError, "header cannot be read: it claims"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64),
+            ModelError,
+            "it claims",
+        ),
         (
             lambda folder: (folder / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0[]"),
             ModelError,
