@@ -80,6 +80,14 @@ class Scoring:
     skipped: int = 0
     low_precision: bool = False
 
+    def __post_init__(self) -> None:
+        """Combinations that no router has, and that are not defined here, are a mistake in a family's row."""
+        plain = self.groups == 1 and not self.shared and not self.skipped
+        if self.kind == "sparsemixer" and (self.renormalise or not plain):
+            raise ValueError("sparsemixer has no groups, shared or skipped choices, and its weights are its own")
+        if self.kind == "topk-softmax" and self.skipped:
+            raise ValueError("topk-softmax has no skipped choices")
+
     def describe(self) -> str:
         """One line for fingerprints and tables."""
         parts = [f"{self.kind} k={self.top_k}"]
@@ -140,6 +148,7 @@ def _sqrt_softplus(scores_TE: F32, kept: Dtype) -> F32:
 
 def round_to(values: F32, dtype: Dtype) -> F32:
     """float32 values rounded as `dtype` rounds them (to nearest, ties to even), still as float32."""
+    assert dtype in ("float32", "bfloat16", "float16"), dtype
     values = np.asarray(values, dtype=np.float32)
     if dtype == "float32":
         return values
@@ -213,11 +222,11 @@ def select(
     all_scores = round_to(_weight_scores(logits, scoring, kept), kept)
     weight, shared = all_scores[:, :experts], all_scores[:, experts:]
     choice = logits[:, :experts] if scoring.kind == "topk-sigmoid" else weight
+    chosen_in: Dtype = kept if correction_E is None or correction_dtype == kept else "float32"
     if correction_E is not None:
-        choice = choice + np.asarray(correction_E, dtype=np.float32)
-        choice = round_to(choice, kept if correction_dtype == kept else "float32")
+        choice = round_to(choice + np.asarray(correction_E, dtype=np.float32), chosen_in)
     if scoring.groups > 1:
-        choice = np.where(_open_experts(choice, scoring, kept, prefer_TE), choice, np.float32(scoring.group_fill))
+        choice = np.where(_open_experts(choice, scoring, chosen_in, prefer_TE), choice, np.float32(scoring.group_fill))
     chosen = _best(_preferring(choice, prefer_TE), scoring.top_k, force)
     weights = np.take_along_axis(weight, chosen, axis=-1)
     if scoring.skipped:
@@ -267,7 +276,7 @@ def _norm(weights_TK: F32, scoring: Scoring) -> F32:
 
 
 def check_force(force_TE: NDArray[np.int8], *, scoring: Scoring) -> None:
-    """Raise MaskContentError for a force that no selection can meet, whatever the logits.
+    """Raise MaskContentError for a force that a router cannot meet for every token, whatever the logits are.
 
     force_TE: [rows, E]. More experts switched on than k; so many switched off that fewer than k are left; and where
     experts lie in groups, experts switched on in more groups than are kept, or too few left in those that may be.
@@ -291,7 +300,7 @@ def check_force(force_TE: NDArray[np.int8], *, scoring: Scoring) -> None:
             do="cap the number of experts switched off per layer",
         )
     if scoring.groups > 1:
-        _check_groups(force_TE.reshape(rows, scoring.groups, -1), scoring)
+        _check_groups(force_TE.reshape(rows, scoring.groups, experts // scoring.groups), scoring)
 
 
 def _check_groups(force_TGS: NDArray[np.int8], scoring: Scoring) -> None:
@@ -376,7 +385,7 @@ def _sparsemixer(
         # with forced experts the pick need not be the largest left: it is the reference of its own near ties
         threshold = np.take_along_axis(logits_TE, picked, axis=-1)
         factor = np.maximum(np.abs(logits_TE), threshold).astype(np.float32)
-        with np.errstate(invalid="ignore"):  # 0 / 0 where logit and threshold are both 0: not far
+        with np.errstate(invalid="ignore", divide="ignore"):  # a threshold of 0: 0 / 0 is not far, x / 0 is
             ratio = round_to((round_to(threshold - logits_TE, kept) / factor).astype(np.float32), kept)
         far = ratio > round_to(np.array([2 * scoring.jitter], dtype=np.float32), kept)
         near = softmax(np.where(far, -np.inf, rest).astype(np.float32))

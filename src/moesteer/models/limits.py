@@ -38,16 +38,20 @@ def limits(routers: Sequence[Router]) -> tuple[str, ...]:
         said.append("top-1: experts can be switched off and biased, not switched on")
     else:
         said.append(f"at most {scoring.top_k} experts of a layer can be switched on")
-    said.append(f"at most {first.experts - scoring.top_k} of a layer can be switched off")
     if scoring.groups > 1:
+        size = first.experts // scoring.groups
         said.append(
-            f"experts lie in {scoring.groups} groups of {first.experts // scoring.groups}; "
-            f"those switched on may lie in at most {scoring.groups_kept} of them"
+            f"experts lie in {scoring.groups} groups of {size}; those switched on may lie in at most "
+            f"{scoring.groups_kept} of them, and of any {scoring.groups_kept} groups at most "
+            f"{scoring.groups_kept * size - scoring.top_k} experts can be switched off"
         )
+    else:
+        said.append(f"at most {first.experts - scoring.top_k} of a layer can be switched off")
     if first.correction is not None:
         said.append("a correction bias takes part in the choice: a bias on the logits moves it less than elsewhere")
-    if scoring.renormalise and scoring.top_k == 1 and not scoring.shared:
-        said.append("the one weight is always 1: routing weights carry no gradient, so method `direct` finds nothing")
+    constant = scoring.renormalise or scoring.kind == "topk-softmax"
+    if constant and scoring.top_k == 1 and not scoring.shared:
+        said.append("the one weight is constant: it carries no gradient, so method `direct` finds nothing")
     if scoring.skipped:
         said.append(f"the last {scoring.skipped} of the {first.experts} choices is no expert: it skips the layer's")
     if first.family.note:
