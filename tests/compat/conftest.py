@@ -63,7 +63,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     }
     stored = proven()
     if os.environ.get("MOESTEER_RECORD_FAMILIES"):
-        part = {family: {**found, **_default_shape(family)} for family, found in seen.items()}
+        part = {family: {**found, **_default_shape(family), "force": _forced(family)} for family, found in seen.items()}
         stored[transformers.__version__] = {"torch": torch.__version__.split("+")[0], "families": part}
         files.write_json(PROVEN, stored)
         return
@@ -96,6 +96,14 @@ def _default_shape(family: str) -> dict[str, Any]:
     name = next(name for name in names() if FAMILIES[name.split("/")[0]] is row)
     tokenizer = transformers.AutoTokenizer.from_pretrained(LAB_TINY)
     return {**_shape(tiny_model(tiny_config(name, tokenizer))), "sizes_of": "test model"}
+
+
+def _forced(family: str) -> str:
+    """What the tests could force: nothing is switched on in a top-1 router."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(LAB_TINY)
+    own = [name for name in names() if FAMILIES[name.split("/")[0]].model_type == family and "per-layer" not in name]
+    most = max(_shape(tiny_model(tiny_config(name, tokenizer)))["top_k"] for name in own)
+    return "off" if most == 1 else "on, off"
 
 
 def _shape(model: transformers.PreTrainedModel) -> dict[str, Any]:

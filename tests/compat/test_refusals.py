@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moesteer.backends.hf import Model
-from moesteer.backends.loading import LAB_TINY, load
+from moesteer.backends.loading import LAB_TINY, adopt, load
+from moesteer.backends.shape import shape_of
 from moesteer.errors import (
     AlreadySteeredError,
     InputError,
@@ -122,18 +123,26 @@ def test_routers_that_differ_from_layer_to_layer_are_refused(tmp_path: Path) -> 
         load(make_folder(tmp_path, "hunyuan_v1_moe/per-layer"))
 
 
-@pytest.mark.parametrize("model_type", ["doge"])
-def test_a_family_that_cannot_be_steered_is_refused_with_its_reason(model_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("look", [load, shape_of])
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_a_family_that_cannot_be_steered_is_refused_with_its_reason(
+    model_type: str, look: Callable[[Path], object], tmp_path: Path
+) -> None:
+    """By its config alone, before a weight is looked for."""
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(UnknownRouterError) as caught:
+        look(tmp_path)
+    assert REFUSED[model_type] in str(caught.value)
+
+
+def test_a_model_of_a_refused_family_is_refused_when_it_is_adopted() -> None:
     tokenizer = AutoTokenizer.from_pretrained(LAB_TINY)
     config = AutoConfig.for_model(
-        model_type, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        "doge", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=2, num_experts=16, is_moe=True,
     )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UnknownRouterError, match="product keys"):
-        load(tmp_path)
-    assert all(len(reason) > 20 for reason in REFUSED.values())
+        adopt(AutoModelForCausalLM.from_config(config), tokenizer)
 
 
 def test_nan_router_weights_are_found_at_load(tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesteer.conversations import Message
-from moesteer.errors import DataError, ModelError
+from moesteer.errors import DataError, ModelError, NoEffectError
 from moesteer.fingerprint import Fingerprint
 from moesteer.mask import SteeringMask
 from moesteer.models.check import backbone
-from moesteer.models.fingerprint import fingerprint_of
+from moesteer.models.fingerprint import fingerprint_of, is_quantised
 from moesteer.models.limits import require_possible
 from moesteer.models.routers import Router, find_routers
 from moesteer.models.steering import BiasSteering, MaskTables, Receipt
@@ -87,7 +87,10 @@ class Model:
         """A quick digest that tells other weights apart: name, shape, sum and first values of every tensor."""
         digest = hashlib.sha256()
         for name, tensor in self.hf.state_dict().items():
-            flat = tensor.detach().flatten()
+            if tensor.is_meta:
+                digest.update(f"{name} {tuple(tensor.shape)} offloaded".encode())
+                continue
+            flat = (tensor.dequantize() if is_quantised(tensor) else tensor).detach().flatten()
             total = float(flat[:: max(1, flat.numel() // 4096)].double().sum())
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total}".encode())
             digest.update(flat[:64].float().cpu().numpy().tobytes())
@@ -204,11 +207,19 @@ class Model:
         if self._steering is not None and rows is not None:
             self._steering.set_rows(rows)
         input_ids, attention = self.pad(prompts)
+        before = self._steering.receipt.positions if self._steering is not None else -1
         with torch.inference_mode():
             out = self.hf.generate(
                 input_ids=input_ids, attention_mask=attention, max_new_tokens=max_new_tokens, do_sample=False,
                 temperature=None, top_p=None, top_k=None, pad_token_id=self._pad_id, eos_token_id=self._stops or None,
             )  # fmt: skip
+        if (steering := self._steering) is not None and (steering.receipt.positions == before or steering.unasked):
+            raise NoEffectError(
+                f"the model generated without asking {steering.unasked or 'any'} of its {len(self.routers)} routers",
+                where=self.name,
+                expected="a forward pass that calls the routers",
+                do="undo torch.compile, or compile again inside the block; a graph kept from before leaves them out",
+            )
         results = []
         for row in out[:, input_ids.shape[1] :].tolist():
             stop = next((i for i, token in enumerate(row) if token in self._stops), None)

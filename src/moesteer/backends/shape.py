@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from moesteer.backends.loading import class_for, quiet_bars, read_config, source_of
+from moesteer.backends.loading import class_for, model_types, quiet_bars, read_config, source_of
 from moesteer.errors import ModelError
 from moesteer.models.checkpoint import INDEX, SINGLE, placed_in
 from moesteer.models.limits import limits
-from moesteer.models.routers import find_routers
+from moesteer.models.routers import find_routers, require_steerable
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def shape_of(model: str | Path, *, revision: str | None = None) -> Shape:
     name = str(model)
     source = source_of(name)
     stored = read_config(source, name=name, revision=revision)
+    require_steerable(model_types(stored), where=name)
     try:
         with quiet_bars(), torch.device("meta"):
             config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)

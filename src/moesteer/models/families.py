@@ -83,6 +83,10 @@ deepseek = partial(
     sigmoid, scale="routed_scaling_factor", norm_add=1e-20, groups="num_group", groups_kept="topk_group",
     group_score="top2-sum",
 )  # fmt: skip
+deepseek_v2 = partial(
+    softmax, renormalise=False, scale="routed_scaling_factor", groups="num_group", groups_kept="topk_group",
+    group_switch=("topk_method", "group_limited_greedy"), group_fill=0.0,
+)  # fmt: skip
 zero_fill = partial(Family, group_fill=0.0, groups="num_group", groups_kept="topk_group", scale="routed_scaling_factor")
 
 ROWS = (
@@ -103,12 +107,8 @@ ROWS = (
         "dbrx", weight="layer.weight", selector="route_tokens_to_experts", renormalise="moe_normalize_expert_weights",
         norm_p="moe_normalize_expert_weights", low_precision=True, examples=("databricks/dbrx-instruct",),
     ),
-    softmax(
-        "deepseek_v2", also=("deepseek_ocr2_text", "deepseek_ocr2", "unlimited_ocr_text", "unlimited_ocr"),
-        renormalise=False, scale="routed_scaling_factor",
-        groups="num_group", groups_kept="topk_group", group_switch=("topk_method", "group_limited_greedy"),
-        group_fill=0.0, examples=("deepseek-ai/DeepSeek-V2-Lite-Chat",),
-    ),
+    deepseek_v2("deepseek_ocr2", also=("deepseek_ocr2_text",), examples=("deepseek-ai/DeepSeek-OCR-2",)),
+    deepseek_v2("deepseek_v2", examples=("deepseek-ai/DeepSeek-V2-Lite-Chat",)),
     deepseek("deepseek_v3", examples=("deepseek-ai/DeepSeek-V3.1", "moonshotai/Kimi-K2-Instruct")),
     deepseek("deepseek_v32", examples=("deepseek-ai/DeepSeek-V3.2",)),
     Family(
@@ -229,6 +229,7 @@ ROWS = (
     softmax("qwen4_exp", also=("qwen4_exp_text",)),
     deepseek("solar_open", examples=("upstage/Solar-Open-100B",)),
     sigmoid("step3p7", also=("step3p5", "step3p5_text"), renormalise=True),
+    deepseek_v2("unlimited_ocr", also=("unlimited_ocr_text",)),
     softmax(
         "zaya", weight="router_mlp.out_proj.weight", renormalise=False, correction="balancing_biases", skipped=1,
         reads="top-k", low_precision=True, bake="correction",

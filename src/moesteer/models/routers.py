@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -83,8 +83,9 @@ class Router:
 
 
 def dtype_name(dtype: torch.dtype) -> Dtype:
-    """ "float32", "bfloat16" or "float16"."""
-    return cast(Dtype, str(dtype).removeprefix("torch."))
+    """ "bfloat16", "float16", or "float32" for all that is as fine or finer."""
+    name = str(dtype).removeprefix("torch.")
+    return cast(Dtype, name if name in ("bfloat16", "float16") else "float32")
 
 
 def _array(tensor: Tensor) -> NDArray[np.float32]:
@@ -93,10 +94,12 @@ def _array(tensor: Tensor) -> NDArray[np.float32]:
 
 
 def _walk(start: Any, path: str) -> Any:
-    """An attribute by its dotted path; None where the path ends early."""
+    """An attribute by its dotted path; None where the path ends early. An offloaded tensor is read from its store."""
+    owner, name = start, ""
     for name in path.split("."):
-        start = getattr(start, name, None)
-    return start
+        owner, start = start, getattr(start, name, None)
+    kept = getattr(getattr(owner, "_hf_hook", None), "weights_map", None) if getattr(start, "is_meta", False) else None
+    return start if kept is None else kept[name]
 
 
 @dataclass(frozen=True)
@@ -164,10 +167,9 @@ def find_routers(model: PreTrainedModel) -> tuple[Router, ...]:
     return tuple(sorted(routers, key=lambda router: router.layer_id))
 
 
-def _family_of(model: PreTrainedModel, config: Any, records: list[Record], *, where: str) -> Family:
-    types = (config.model_type, model.config.model_type)
-    counts = {name: getattr(config, name) for name in _EXPERT_COUNTS if isinstance(getattr(config, name, None), int)}
-    for name in types:
+def require_steerable(model_types: Iterable[str], *, where: str) -> None:
+    """Raise UnknownRouterError, with the reason, for a model type that has routers and that we refuse."""
+    for name in model_types:
         reason = REFUSED.get(name.removesuffix("_text"))
         if reason is not None:
             raise UnknownRouterError(
@@ -176,6 +178,12 @@ def _family_of(model: PreTrainedModel, config: Any, records: list[Record], *, wh
                 expected="a family in `moesteer models`",
                 do="choose another model; `moesteer models` lists what can be steered, and why the rest cannot",
             )
+
+
+def _family_of(model: PreTrainedModel, config: Any, records: list[Record], *, where: str) -> Family:
+    types = (config.model_type, model.config.model_type)
+    counts = {name: getattr(config, name) for name in _EXPERT_COUNTS if isinstance(getattr(config, name, None), int)}
+    require_steerable(types, where=where)
     if not records and not counts:
         raise DenseModelError(
             f"the model ({config.model_type}) is dense: it has no router to steer",

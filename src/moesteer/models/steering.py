@@ -50,7 +50,6 @@ class MaskTables:
     def __init__(self, bias_LME: Tensor, force_LME: Tensor, *, receipt: Receipt) -> None:
         self._tables = [bias_ME if bool(bias_ME.any()) else None for bias_ME in bias_LME]
         self._forces = [force_ME if bool(force_ME.any()) else None for force_ME in force_LME]
-        self._device = bias_LME.device
         self._seen: set[int] = set()
         self.receipt = receipt
         self._bias: list[Tensor | None] = []
@@ -102,11 +101,18 @@ class MaskTables:
         self._bias, self._on_off = [], []
         if rows is None:
             return
-        index = torch.tensor(list(rows), device=self._device)
         for table, force in zip(self._tables, self._forces, strict=True):
-            self._bias.append(None if table is None else table.index_select(0, index))
-            picked = None if force is None else force.index_select(0, index)
+            self._bias.append(None if table is None else _rows_of(table, rows))
+            picked = None if force is None else _rows_of(force, rows)
             self._on_off.append(None if picked is None else (picked > 0, picked < 0))
+
+    def _follow(self, index: int, device: torch.device) -> None:
+        """Move one router's tables to where its layer lives, once: layers of one model may be on several devices."""
+        moved = [table if table is None else table.to(device) for table in (self._tables[index], self._forces[index])]
+        self._tables[index], self._forces[index] = moved
+        bias, on_off = self._bias[index], self._on_off[index]
+        self._bias[index] = None if bias is None else bias.to(device)
+        self._on_off[index] = None if on_off is None else (on_off[0].to(device), on_off[1].to(device))
 
     def _spread(self, table_RE: Tensor, positions: int) -> Tensor:
         """[R, E] -> something that broadcasts over [positions, E], positions being row-major in the batch."""
@@ -138,6 +144,10 @@ class MaskTables:
         bias, on_off = self._bias[router.index], self._on_off[router.index]
         if bias is None and on_off is None:
             return logits_NE
+        here = bias.device if bias is not None else on_off[0].device if on_off is not None else logits_NE.device
+        if here != logits_NE.device:
+            self._follow(router.index, logits_NE.device)
+            bias, on_off = self._bias[router.index], self._on_off[router.index]
         steered = logits_NE.float()
         if bias is not None:
             steered = steered + self._spread(bias, positions)
@@ -157,6 +167,11 @@ class MaskTables:
         on, off = (self._spread(table, choice_NE.shape[0]).expand_as(choice_NE) for table in on_off)
         return choice_NE.float().masked_fill(on, torch.inf).masked_fill(off, -torch.inf)
 
+    @property
+    def unasked(self) -> int:
+        """Routers that have not run yet while this was applied."""
+        return self.receipt.routers - len(self._seen)
+
     def wants_check(self, router: Router) -> bool:
         """True on each router's first call."""
         return router.index not in self._seen
@@ -169,6 +184,10 @@ class MaskTables:
         self.receipt.changed += int(differs.sum())
 
 
+def _rows_of(table_ME: Tensor, rows: Sequence[int]) -> Tensor:
+    return table_ME.index_select(0, torch.tensor(list(rows), device=table_ME.device))
+
+
 class BiasSteering:
     """A bias of the caller's own, [L, E] in logits, which may require gradient: steering being learnt."""
 
@@ -177,7 +196,7 @@ class BiasSteering:
 
     def logits(self, router: Router, logits_NE: Tensor) -> Tensor:
         """logits + bias of the router's layer."""
-        return (logits_NE.float() + self.bias_LE[router.index]).to(logits_NE.dtype)
+        return (logits_NE.float() + self.bias_LE[router.index].to(logits_NE.device)).to(logits_NE.dtype)
 
     def ranks(self, router: Router, choice_NE: Tensor) -> Tensor | None:
         """The model selects."""

@@ -65,7 +65,7 @@ def family_table(*, transformers: str | None = None) -> dict[str, Any]:
 def _entry(row: Family, tested: dict[str, Any] | None) -> dict[str, Any]:
     tested = tested or {}
     cells: dict[str, dict[str, Any]] = {name: {"tests": int(tested.get("tests", {}).get(name, 0))} for name in CELLS}
-    cells["force"]["how"] = "off" if tested.get("top_k") == 1 else "on, off"
+    cells["force"]["how"] = tested.get("force", "")
     cells["bake"] |= {"how": BAKES[row.bake], "why": BAKE_REASONS[row.bake]}
     return {
         "family": row.model_type,

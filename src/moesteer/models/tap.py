@@ -173,7 +173,7 @@ class RouterTap:
         own = owner.__dict__
         self._replaced.append((owner, name, name in own, own.get(name)))
         # opaque to torch.compile: traced into a graph, the tap loses what it keeps between its two catches
-        own[name] = torch.compiler.disable(tapped(router, getattr(owner, name), *more))
+        own[name] = torch.compiler.disable(tapped(router, getattr(owner, name), *more))  # type: ignore[no-untyped-call]
 
     def _detach_if_idle(self) -> None:
         if self._steering is not None or self._capture is not None:
