@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from moesteer.backends.hf import Model
-from moesteer.backends.loading import LAB_TINY, load
+from moesteer.backends.loading import load
+from moesteer.backends.sources import LAB_TINY
 from tests.tiny_families import randomise, tiny_config, tiny_model
 
 logging.disable_progress_bar()

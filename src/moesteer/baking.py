@@ -18,7 +18,8 @@ from transformers.utils import cached_file
 
 from moesteer import files
 from moesteer.backends.hf import Model
-from moesteer.backends.loading import LAB_TINY, load
+from moesteer.backends.loading import load
+from moesteer.backends.sources import LAB_TINY
 from moesteer.errors import FileError, ModelError, NoEffectError, SelfCheckError
 from moesteer.mask import SteeringMask
 from moesteer.models.bake import EXACT, NOT_EXACT, RUNTIME, Plan, plan, require_bakeable

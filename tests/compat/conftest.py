@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from moesteer import files
-from moesteer.backends.loading import LAB_TINY
+from moesteer.backends.sources import LAB_TINY
 from moesteer.errors import ModelError
 from moesteer.models.families import FAMILIES, ROWS
 from moesteer.models.routers import find_routers

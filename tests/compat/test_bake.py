@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 
 from moesteer import baking, files, routing
 from moesteer.backends.hf import Model
-from moesteer.backends.loading import LAB_TINY, load
+from moesteer.backends.loading import load
+from moesteer.backends.sources import LAB_TINY
 from moesteer.baking import RECEIPT, Baked, bake
 from moesteer.cli.main import app
 from moesteer.conversations import Message

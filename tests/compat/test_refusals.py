@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moesteer.backends.hf import Model
-from moesteer.backends.loading import LAB_TINY, adopt, load
+from moesteer.backends.loading import adopt, load
 from moesteer.backends.shape import shape_of
+from moesteer.backends.sources import LAB_TINY
 from moesteer.errors import (
     AlreadySteeredError,
     InputError,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoTokenizer
 
-from moesteer.backends.loading import LAB_TINY
+from moesteer.backends.sources import LAB_TINY
 from moesteer.errors import MaskContentError
 from moesteer.models.check import difference
 from moesteer.models.families import FAMILIES

@@ -18,9 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, PreTrainedModel
 
-from moesteer.backends import loading
+from moesteer.backends import quantised, sources
 from moesteer.backends.hf import Model
-from moesteer.backends.loading import LAB_TINY, adopt, load, stored_as
+from moesteer.backends.loading import adopt, load
+from moesteer.backends.quantised import stored_as
+from moesteer.backends.sources import LAB_TINY
 from moesteer.errors import (
     MaskMismatchError,
     MissingExtraError,
@@ -204,7 +206,7 @@ def test_a_router_stored_as_integers_is_refused(folder_of: Folders) -> None:
 def test_missing_extras_are_named_with_their_command(
     tmp_path: Path, folder_of: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "find_spec", lambda package: None)
+    monkeypatch.setattr(sources, "find_spec", lambda package: None)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder_of("olmoe"))}))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     for settings, extra in (({"quantize": "int8"}, "quant"), ({"device_map": "auto"}, "devices")):
@@ -261,7 +263,7 @@ def test_mxfp4_is_dequantised_as_the_format_says_and_steered(mxfp4: tuple[Path, 
     for path, values in expected.items():
         np.testing.assert_array_equal(weights[path].detach().float().numpy(), values.transpose(0, 2, 1))
     assert len(expected) == 6
-    asked = loading._quantisation({"quantization_config": {"quant_method": "mxfp4"}}, None, "", None, name="")
+    asked = quantised.quantisation({"quantization_config": {"quant_method": "mxfp4"}}, None, "", None, name="")
     assert asked["quantization_config"].dequantize, "also where the kernels are installed, which transformers prefers"
     assert_steered_as_routing_says(model)
 

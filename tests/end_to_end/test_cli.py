@@ -172,27 +172,13 @@ def test_doctor_finds_a_flipped_bit(tmp_path: Path, mask_file: Path) -> None:
 def _dense(folder: Path) -> None:
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-    from moesteer.backends.loading import LAB_TINY
+    from moesteer.backends.sources import LAB_TINY
 
     config = Qwen3Config(
         vocab_size=530, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
         intermediate_size=32,
     )  # fmt: skip
     Qwen3ForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(LAB_TINY).save_pretrained(folder)
-
-
-def _unknown(folder: Path) -> None:
-    from transformers import AutoTokenizer, JambaConfig, JambaForCausalLM
-
-    from moesteer.backends.loading import LAB_TINY
-
-    config = JambaConfig(
-        vocab_size=530, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        intermediate_size=32, num_experts=4, num_experts_per_tok=2, expert_layer_period=1, expert_layer_offset=0,
-        attn_layer_period=1, attn_layer_offset=0, use_mamba_kernels=False,
-    )  # fmt: skip
-    JambaForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(LAB_TINY).save_pretrained(folder)
 
 
@@ -208,7 +194,7 @@ def _internal(folder: Path) -> None:
 
 def _pickled(folder: Path) -> None:
     """Weights as .bin only."""
-    from moesteer.backends.loading import LAB_TINY
+    from moesteer.backends.sources import LAB_TINY
 
     folder.mkdir(parents=True)
     for path in LAB_TINY.iterdir():
@@ -225,7 +211,6 @@ def _nothing(folder: Path) -> None:
     ("make", "error", "what"),
     [
         (_dense, DenseModelError, "dense: it has no router"),
-        (_unknown, UnknownRouterError, "no family row for model type 'jamba' (found: "),
         (_unsafe, UnsafeModelError, "auto_map"),
         (_internal, UnsafeModelError, "_attn_implementation_internal"),
         (_pickled, ModelError, "could not load"),
@@ -241,6 +226,25 @@ def test_models_that_are_refused_say_why(
     assert raised.exit_code == 2
 
 
+def test_a_router_without_a_family_row_is_refused_with_what_was_found(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moesteer.models import routers
+
+    monkeypatch.setattr(routers, "FAMILIES", {"olmoe": routers.FAMILIES["olmoe"]})
+    code, _, raised = run("models", folder_of("mixtral"))
+    assert code == 1 and isinstance(raised, UnknownRouterError)
+    assert "no family row for model type 'mixtral' (found: MixtralTopKRouter, {'num" in str(raised)
+    assert "docs/adding-a-model.md" in raised.do
+
+
+def test_quantize_is_an_option_of_what_loads_a_model() -> None:
+    code, output, _ = run("generate", "lab-tiny", "--prompt", "how do i paint a clay pot ?", "--quantize", "int8")
+    assert code == 0 and "model:" in output
+    code, _, raised = run("models", "lab-tiny", "--quantize", "int3")
+    assert code == 1 and "no quantisation 'int3'" in str(raised)
+
+
 def test_a_mask_of_another_model_is_refused_before_a_token(
     mask_file: Path, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -250,7 +254,7 @@ def test_a_mask_of_another_model_is_refused_before_a_token(
     import torch
     from safetensors.torch import load_file, save_file
 
-    from moesteer.backends.loading import LAB_TINY
+    from moesteer.backends.sources import LAB_TINY
 
     other = tmp_path / "other"
     other.mkdir()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moesteer.backends.hf import Model
-from moesteer.backends.loading import LAB_TINY
+from moesteer.backends.sources import LAB_TINY
 from moesteer.lab import dialogue, train, words, world
 from moesteer.lab.targets import check
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from moesteer.backends.loading import LAB_TINY
+from moesteer.backends.sources import LAB_TINY
 from moesteer.cli.main import app
 from moesteer.conversations import read
 from moesteer.evaluate import stats

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from moesteer.backends.loading import class_for, model_types, quiet_bars, read_config, source_of
+from moesteer.backends.sources import class_for, model_types, quiet_bars, read_config, source_of
 from moesteer.errors import ModelError
 from moesteer.models.checkpoint import INDEX, SINGLE, placed_in
 from moesteer.models.limits import limits

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moesteer.cli import show
-from moesteer.cli.options import Device, Dtype, Json, ModelArgument
+from moesteer.cli.options import Device, Dtype, Json, ModelArgument, Quantize
 
 
 def capture(
@@ -23,6 +23,7 @@ def capture(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many conversations.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    quantize: Quantize = None,
     json: Json = False,
 ) -> None:
     """Keep what the routers do on your conversations, in a trace on disk. Killed, it goes on where it was.
@@ -36,7 +37,8 @@ def capture(
     show.quiet_transformers()
     rows = conversations.read(data, limit=limit)
     trace = to_trace(
-        load(model, dtype=dtype, device=device), rows, out=out, spans=tuple(span or ["final_user"]), level=level  # type: ignore[arg-type]
+        load(model, dtype=dtype, device=device, quantize=quantize), rows, out=out,
+        spans=tuple(span or ["final_user"]), level=level,  # type: ignore[arg-type]
     )  # fmt: skip
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     facts = {

@@ -9,7 +9,18 @@ import typer
 from rich.table import Table
 
 from moesteer.cli import show
-from moesteer.cli.options import Alpha, Device, Dtype, Json, Limit, MaskFile, ModelArgument, OtherCheckpoint, Seed
+from moesteer.cli.options import (
+    Alpha,
+    Device,
+    Dtype,
+    Json,
+    Limit,
+    MaskFile,
+    ModelArgument,
+    OtherCheckpoint,
+    Quantize,
+    Seed,
+)
 from moesteer.errors import UnknownNameError
 
 
@@ -30,6 +41,7 @@ def evaluate(
     allow_other_checkpoint: OtherCheckpoint = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    quantize: Quantize = None,
     json: Json = False,
 ) -> None:
     """Play a scenario's suites, unsteered and with a mask, and compare them pair by pair."""
@@ -48,7 +60,7 @@ def evaluate(
     whole = scenarios.load(scenario)
     part = chosen_suites(whole, suite or [])
     steering = SteeringMask.load(mask) if mask else None
-    loaded = load(model, dtype=dtype, device=device)
+    loaded = load(model, dtype=dtype, device=device, quantize=quantize)
     contexts = {}
     if steering is not None:
         contexts["steered"] = steering.apply(loaded, alpha=alpha, allow_other_checkpoint=allow_other_checkpoint)

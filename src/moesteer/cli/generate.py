@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moesteer.cli import show
-from moesteer.cli.options import Alpha, Device, Dtype, Json, MaskFile, ModelArgument, OtherCheckpoint
+from moesteer.cli.options import Alpha, Device, Dtype, Json, MaskFile, ModelArgument, OtherCheckpoint, Quantize
 from moesteer.errors import InputError
 
 
@@ -27,6 +27,7 @@ def generate(
     allow_other_checkpoint: OtherCheckpoint = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    quantize: Quantize = None,
     json: Json = False,
 ) -> None:
     """Answer prompts greedily, steered by a mask or not; with a mask, both answers are shown."""
@@ -49,8 +50,8 @@ def generate(
         [list(c.messages) for c in conversations.read(data)] if data else [[Message("user", p)] for p in prompt or []]
     )
     found = answer(
-        load(model, dtype=dtype, device=device), asked, mask=steering, alpha=alpha, max_new_tokens=max_new_tokens,
-        allow_other_checkpoint=allow_other_checkpoint,
+        load(model, dtype=dtype, device=device, quantize=quantize), asked, mask=steering, alpha=alpha,
+        max_new_tokens=max_new_tokens, allow_other_checkpoint=allow_other_checkpoint,
     )  # fmt: skip
     if json:
         show.print_json(found.as_json())

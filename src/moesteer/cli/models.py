@@ -10,7 +10,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from moesteer.cli import show
-from moesteer.cli.options import Device, Dtype, Json
+from moesteer.cli.options import Device, Dtype, Json, Quantize
 
 
 class _ShowByDefault(TyperGroup):
@@ -42,6 +42,7 @@ def models(
     ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    quantize: Quantize = None,
     json: Json = False,
 ) -> None:
     """The router families and what is proven of each; or one model's routers, and the proof that steering it works.
@@ -53,7 +54,7 @@ def models(
     elif shape_only:
         _shape(model, json=json)
     else:
-        _check(model, dtype=dtype, device=device, json=json)
+        _check(model, dtype=dtype, device=device, quantize=quantize, json=json)
 
 
 @app.command("convert")
@@ -130,14 +131,17 @@ def _shape(model: str, *, json: bool) -> None:
         typer.echo(f"- {line}")
 
 
-def _check(model: str, *, dtype: str, device: str, json: bool) -> None:
-    from moesteer.backends.loading import load, read_config, source_of
+def _check(model: str, *, dtype: str, device: str, quantize: str | None, json: bool) -> None:
+    from moesteer.backends.loading import load
     from moesteer.backends.shape import notes_of
+    from moesteer.backends.sources import read_config, source_of
     from moesteer.models.limits import limits
 
     show.quiet_transformers()
-    notes = notes_of(read_config(source_of(model), name=model))
-    loaded = load(model, dtype=dtype, device=device)
+    source = source_of(model)
+    adapter = (Path(source) / "adapter_config.json").is_file()
+    notes = () if adapter else notes_of(read_config(source, name=model))
+    loaded = load(model, dtype=dtype, device=device, quantize=quantize)
     facts = {
         "model": model, "parameters": loaded.parameters, "self_check": "passed",
         "family": loaded.routers[0].family.model_type,

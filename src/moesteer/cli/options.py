@@ -18,7 +18,13 @@ Limit = Annotated[
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, float16, or auto: float32 on a CPU, the checkpoint's own elsewhere.")
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ..., or auto: a GPU if there is one.")]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:0, ...; auto: a GPU if there is one; spread: over all there are.")
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(help="int8 or int4: experts and linear layers on the way in (by torchao).", show_default=False),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in --out and start again.")]
 MaskFile = Annotated[Path | None, typer.Option("--mask", help="A steering mask.", show_default=False)]
 Alpha = Annotated[

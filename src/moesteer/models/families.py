@@ -243,8 +243,8 @@ FAMILIES: Mapping[str, Family] = {name: row for row in ROWS for name in row.mode
 REFUSED: Mapping[str, str] = {
     "diffusion_gemma": "it denoises blocks of text by diffusion: there is no next token to steer one at a time",
     "doge": "product keys: two sets of sqrt(E) key scores stand for the E experts, so there are no E logits to steer",
-    "nllb_moe": "an encoder-decoder whose experts have a capacity: what a token gets depends on its neighbours",
+    "nllb-moe": "an encoder-decoder whose experts have a capacity: what a token gets depends on its neighbours",
     "openai_privacy_filter": "a token classifier: it generates no text",
-    "switch_transformers": "an encoder-decoder whose experts have a capacity, as nllb_moe's",
+    "switch_transformers": "an encoder-decoder whose experts have a capacity, as nllb-moe's",
 }
 """Model types of transformers that have a router and that we refuse, each with the reason."""
