@@ -159,6 +159,10 @@ class MaskTables:
             steered = torch.where(on, raised, torch.where(off, lowest - FORCE_EPS, steered))
         return steered.to(logits_NE.dtype)
 
+    def forces(self, router: Router) -> bool:
+        """Whether a mask that steers this batch switches experts of this router."""
+        return self._forces[router.index] is not None
+
     def ranks(self, router: Router, choice_NE: Tensor) -> Tensor | None:
         """Forced-on above all, forced-off below all, in the router's final top-k."""
         on_off = self._on_off[router.index]
@@ -197,6 +201,10 @@ class BiasSteering:
     def logits(self, router: Router, logits_NE: Tensor) -> Tensor:
         """logits + bias of the router's layer."""
         return (logits_NE.float() + self.bias_LE[router.index].to(logits_NE.device)).to(logits_NE.dtype)
+
+    def forces(self, router: Router) -> bool:
+        """Never."""
+        return False
 
     def ranks(self, router: Router, choice_NE: Tensor) -> Tensor | None:
         """The model selects."""

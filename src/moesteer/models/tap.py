@@ -23,6 +23,7 @@ from moesteer.models.routers import Router
 _LINEAR = {torch.nn.functional.linear, torch.mm, torch.matmul, torch.Tensor.mm, torch.Tensor.matmul}
 _TOPK = {torch.topk, torch.Tensor.topk}
 _MAX = {torch.max, torch.Tensor.max}
+_ALL = _LINEAR | _TOPK | _MAX
 
 
 class Steering(Protocol):
@@ -30,6 +31,9 @@ class Steering(Protocol):
 
     def logits(self, router: Router, logits_NE: Tensor) -> Tensor:
         """The steered logits, in the dtype given."""
+
+    def forces(self, router: Router) -> bool:
+        """Whether `ranks` may decide this router's selection."""
 
     def ranks(self, router: Router, choice_NE: Tensor) -> Tensor | None:
         """Scores that decide the final top-k in place of `choice_NE`; None where the model decides."""
@@ -60,35 +64,43 @@ class _Mode(TorchFunctionMode):
         self.fired = 0
         self.raw: Tensor | None = None
         self.ranked_NK: Tensor | None = None
+        forced = steering is not None and steering.forces(router)
+        # only what is needed: every operation of the router comes by here
+        self._caught = _ALL if forced or router.family.reads in ("top-k", "dense") else _LINEAR
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        if func not in self._caught:
+            return out
+        if func in _LINEAR:
+            return self._steered(out) if out.shape[-1] == self.router.width else out
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func in _LINEAR and out.shape[-1] == self.router.width:
-            return self._steered(out)
         if func in _TOPK:
             scores = args[0] if args else kwargs["input"]
             if self._is_final(scores, args[1] if len(args) > 1 else kwargs.get("k")):
                 out = self._ranked(scores, out)
                 self.ranked_NK = out.indices
-        elif func in _MAX and self.router.scoring.kind == "sparsemixer" and not torch.is_tensor(out):
+        elif self.router.scoring.kind == "sparsemixer" and not torch.is_tensor(out):
             return self._picked(args[0], out)
         return out
 
     def _steered(self, logits: Tensor) -> Tensor:
         self.fired += 1
-        router, flat_NW = self.router, logits.reshape(-1, self.router.width)
+        router = self.router
+        flat_NW = logits if logits.ndim == 2 else logits.reshape(-1, router.width)
         self.raw = logits
         if self.capture is not None:
             self.capture.logits(router, flat_NW)
         if self.steering is None:
             return logits
-        steered = self.steering.logits(router, flat_NW[:, : router.experts])
-        if router.width > router.experts:
-            steered = torch.cat([steered, flat_NW[:, router.experts :]], dim=-1)
-        return steered.reshape(logits.shape)
+        if router.width == router.experts:
+            steered = self.steering.logits(router, flat_NW)
+        else:
+            steered_NE = self.steering.logits(router, flat_NW[:, : router.experts])
+            steered = torch.cat([steered_NE, flat_NW[:, router.experts :]], dim=-1)
+        return steered if logits.ndim == 2 else steered.reshape(logits.shape)
 
     def _is_final(self, scores: Tensor, k: Any) -> bool:
         """Over all choices. A top-k over groups or inside one is narrower, unless there is one group, which is kept."""
