@@ -1,9 +1,8 @@
 """A tiny random model of every router family of transformers, for tests: the same routers, layers of 32 numbers.
 
-Not here: switch_transformers and nllb_moe (encoder-decoders that drop tokens), openai_privacy_filter (a token
-classifier), diffusion_gemma (a block diffusion model) and doge (no logit per expert). Of the families that have a
-text-only causal class its config is taken (llama4_text, gemma4_text, ...); the others are whole multimodal models
-with the smallest towers, which also run on text alone.
+Families in REFUSED are not here. Multimodal families are here by their text model (llama4_text, ...) where it has a
+causal class, and by the type that published checkpoints carry (llama4, ...): whole models with the smallest towers,
+which also run on text alone.
 
     config = tiny_config("deepseek_v3", tokenizer)
     model = tiny_model(config)
@@ -114,6 +113,34 @@ _QWEN4 = {
     "indexer_head_dim": 16, "indexer_budget": 64, "indexer_compress_ratio": 4,
 }  # fmt: skip
 _AXK2 = {**ROUTED, **MLA, **INDEXER, **DENSE_FIRST, "gated_norm_rank": 4, "routed_scaling_factor": 1.5}
+_LLAMA4 = {
+    "num_local_experts": 8, "num_experts_per_tok": 1, "intermediate_size_mlp": 32, "attention_chunk_size": 32,
+    "moe_layers": [1, 2],
+}  # fmt: skip
+_GEMMA4 = {
+    "num_experts": 8, "top_k_experts": 3, "moe_intermediate_size": 16, "enable_moe_block": True,
+    "vocab_size_per_layer_input": 16, "hidden_size_per_layer_input": 0, "global_head_dim": 16, "sliding_window": 8,
+}  # fmt: skip
+_QWEN3_5 = {**_QWEN2, **DELTA}
+_ARIA = {"moe_num_experts": 8, "moe_topk": 3, "moe_num_shared_experts": 1}
+_MINIMAX_M3 = {
+    **LOCAL, **DENSE_FIRST, "intermediate_size": 16, "dense_intermediate_size": 32, "shared_intermediate_size": 16,
+    "routed_scaling_factor": 1.5, "rotary_dim": 8,
+}  # fmt: skip
+_INKLING_TEXT = {
+    **ROUTED, **_INKLING, "n_shared_experts": 2, "route_scale": 1.5, "dense_mlp_idx": 1,
+    "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"], "logits_mup_width_multiplier": 1.0,
+}  # fmt: skip
+_DOTS3 = {
+    **ROUTED, **MLA, **GROUPS, **INDEXER, **DENSE_FIRST, "shared_experts_intermediate_size": 16, "head_dim": 32,
+    "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"], "sliding_window": 8,
+    "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
+    "swa_head_dim": 32, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
+}  # fmt: skip
+_INKLING2_TEXT = {
+    **ROUTED, **_INKLING, "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"], "route_scale": 1.5,
+}  # fmt: skip
+_QWEN_VISION: Row = {**VISION, "num_position_embeddings": 16}
 
 TINY: dict[str, Row] = {
     "qwen3_moe": {**EXPERTS},
@@ -133,17 +160,11 @@ TINY: dict[str, Row] = {
     "deepseek_v3/no-groups": {**_DSV3, "n_group": 1, "topk_group": 1},
     "deepseek_v3/not-renormalised": {**_DSV3, "norm_topk_prob": False},
     "glm4_moe": {**ROUTED, **GROUPS},
-    "llama4_text": {
-        "num_local_experts": 8, "num_experts_per_tok": 1, "intermediate_size_mlp": 32, "attention_chunk_size": 32,
-        "moe_layers": [1, 2],
-    },
+    "llama4_text": _LLAMA4,
     "qwen3_next": {**_QWEN2, **DELTA},
     "qwen3_next/not-renormalised": {**_QWEN2, **DELTA, "norm_topk_prob": False, "mlp_only_layers": [0]},
-    "qwen3_5_moe_text": {**_QWEN2, **DELTA},
-    "gemma4_text": {
-        "num_experts": 8, "top_k_experts": 3, "moe_intermediate_size": 16, "enable_moe_block": True,
-        "vocab_size_per_layer_input": 16, "hidden_size_per_layer_input": 0, "global_head_dim": 16, "sliding_window": 8,
-    },
+    "qwen3_5_moe_text": _QWEN3_5,
+    "gemma4_text": _GEMMA4,
     "granitemoe": {**LOCAL},
     "granitemoeshared": {**LOCAL, "shared_intermediate_size": 16},
     "granitemoe_swa": {**LOCAL, "shared_intermediate_size": 16, "sliding_window": 8},
@@ -174,7 +195,7 @@ TINY: dict[str, Row] = {
         "n_groups": 2, "chunk_size": 16, "use_mamba_kernels": False,
     },
     "afmoe": {**EXPERTS, "num_shared_experts": 1, "route_scale": 1.5, "sliding_window": 8, "mup_enabled": True},
-    "aria_text": {"moe_num_experts": 8, "moe_topk": 3, "moe_num_shared_experts": 1},
+    "aria_text": _ARIA,
     "axk1": _DSV3,
     "axk2": {**_AXK2, **GROUPS},
     "axk2/no-groups": _AXK2,
@@ -200,10 +221,7 @@ TINY: dict[str, Row] = {
     "glm_moe_dsa": {**ROUTED, **MLA, **GROUPS, **INDEXER, "first_k_dense_replace": 1},
     "hy_v3": {**EXPERTS, "router_scaling_factor": 1.5},
     "hy_v4": {**ROUTED, **MLA, **GROUPS, **INDEXER, "hc_mult": 2},
-    "inkling_text": {
-        **ROUTED, **_INKLING, "n_shared_experts": 2, "route_scale": 1.5, "dense_mlp_idx": 1,
-        "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"], "logits_mup_width_multiplier": 1.0,
-    },
+    "inkling_text": _INKLING_TEXT,
     "jetmoe": {**LOCAL, "kv_channels": 16},
     "kimi_linear": {
         **LOCAL, **MLA, **GROUPS, **DENSE_FIRST, "moe_intermediate_size": 16, "n_shared_experts": 1,
@@ -215,10 +233,7 @@ TINY: dict[str, Row] = {
     "mellum": {**EXPERTS},
     "mellum/not-renormalised": {**EXPERTS, **DENSE_FIRST, "norm_topk_prob": False},
     "mimo_v2_flash": {**ROUTED, **GROUPS, "num_key_value_heads": 1, "v_head_dim": 8, "sliding_window": 8},
-    "minimax_m3_vl_text": {
-        **LOCAL, **DENSE_FIRST, "intermediate_size": 16, "dense_intermediate_size": 32, "shared_intermediate_size": 16,
-        "routed_scaling_factor": 1.5, "rotary_dim": 8,
-    },
+    "minimax_m3_vl_text": _MINIMAX_M3,
     "solar_open": {**ROUTED, **GROUPS, "n_shared_experts": 1},
     "zaya": {
         "num_experts": 8, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "router_hidden_size": 16,
@@ -272,23 +287,79 @@ TINY: dict[str, Row] = {
             "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         },
     },
+    "llama4": {
+        "vision_config": {
+            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
+            "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16, "image_size": 16,
+            "patch_size": 4,
+        },
+        "text_config": _LLAMA4,
+    },
+    "gemma4": {
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "position_embedding_size": 16,
+        },
+        "audio_config": {
+            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "subsampling_conv_channels": [4, 4],
+            "output_proj_dims": 16,
+        },
+        "text_config": _GEMMA4,
+    },
+    "qwen3_5_moe": {"vision_config": _QWEN_VISION, "text_config": _QWEN3_5},
+    "qwen4_exp": {"vision_config": _QWEN_VISION, "text_config": _QWEN4},
+    "aria": {
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 16, "patch_size": 4,
+        },
+        "projector_patch_to_query_dict": {16: 4}, "image_token_index": 99999,
+        "text_config": {**_ARIA, "model_type": "aria_text"},
+    },
+    "minimax_m3_vl": {
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 16, "patch_size": 4,
+        },
+        "projector_hidden_size": 16, "text_config": _MINIMAX_M3,
+    },
+    "inkling_mm_model": {
+        "vision_config": {
+            "text_hidden_size": 32, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+        "audio_config": {"n_mel_bins": 8, "mel_vocab_size": 8, "text_hidden_size": 32},
+        "text_config": _INKLING_TEXT,
+    },
     # From transformers 5.23 on
+    "dots3_note": {
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "patch_size": 4, "moe_intermediate_size": 16, "num_local_experts": 2, "mlp_layer_types": ["dense"],
+            "adapter_in_dim": 16, "adapter_out_dim": 32,
+        },
+        "audio_config": {
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "feature_size": 8, "downsample_hidden_size": 4, "adapter_input_size": 16, "adapter_out_dim": 32,
+        },
+        "text_config": _DOTS3,
+    },
+    "inkling2": {
+        "vision_config": {
+            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4,
+            "posemb_grid_size": 4, "projection_hidden_dim": 16, "text_hidden_size": 32,
+        },
+        "text_config": _INKLING2_TEXT,
+    },
     "bailing_hybrid": {
         **LOCAL, **MLA, **GROUPS, **DENSE_FIRST, "moe_intermediate_size": 16,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     },
     "beam": {**EXPERTS, **GROUPS, **DENSE_FIRST, "sliding_window": 8},
-    "dots3_note_text": {
-        **ROUTED, **MLA, **GROUPS, **INDEXER, **DENSE_FIRST, "shared_experts_intermediate_size": 16, "head_dim": 32,
-        "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"], "sliding_window": 8,
-        "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
-        "swa_head_dim": 32, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
-    },
+    "dots3_note_text": _DOTS3,
     "flint": {**_QWEN2, "mlp_only_layers": [0], "sliding_window": 8},
     "flint/not-renormalised": {**_QWEN2, "mlp_only_layers": [0], "sliding_window": 8, "norm_topk_prob": False},
-    "inkling2_text": {
-        **ROUTED, **_INKLING, "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"], "route_scale": 1.5,
-    },
+    "inkling2_text": _INKLING2_TEXT,
     "kolibri1": {**_QWEN2, "sliding_window": 8},
     "kolibri1/renormalised": {**_QWEN2, "sliding_window": 8, "norm_topk_prob": True},
     "mistral_large4": {
@@ -397,8 +468,9 @@ def tiny_config(name: str, tokenizer: Any) -> PreTrainedConfig:
 
 
 def tiny_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
-    """The model of a config, causal if there is such a class, else image-text-to-text; memory nobody set is NaN."""
-    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    """The model of a config: causal, or with its towers where it has some; memory nobody set is NaN."""
+    whole = "vision_config" in config.sub_configs  # saved whole, as published; load takes the text model out of it
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not whole
     auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     with torch.random.fork_rng(devices=[]), _unset_memory_is_nan():
         torch.manual_seed(seed)
@@ -436,8 +508,9 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
 def randomise(model: PreTrainedModel, *, seed: int = 0, spread: float = 0.5) -> None:
     """Make the routing of a fresh model vary from token to token, in place. spread: std of the router weights.
 
-    Correction biases and scales get values; what the model's own initialisation left unset (NaN) or all zero gets
-    small random numbers; the rest stays.
+    Correction biases and scales get values, the biases of a sigmoid mostly below zero: then choice scores are negative
+    too, and a group that is filled with zeros can win. What the model's own initialisation left unset (NaN) or all zero
+    gets small random numbers; the rest stays.
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -453,9 +526,9 @@ def randomise(model: PreTrainedModel, *, seed: int = 0, spread: float = 0.5) -> 
         if isinstance(table := getattr(module, "tid2eid", None), torch.Tensor):
             order = torch.rand(table.shape[0], len(next(module.parameters())), generator=generator).argsort(dim=-1)
             table.copy_(order[:, : table.shape[1]])
-    std = 0.1 if PROBABILITIES.search(model.config.model_type) else 0.4
+    mean, std = (0.0, 0.1) if PROBABILITIES.search(model.config.model_type) else (-0.7, 0.4)
     for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if CORRECTION_BIAS.search(path) or path.endswith("moe_statics.e_score_correction_bias"):
-            tensor.normal_(std=std, generator=generator)
+            tensor.normal_(mean, std, generator=generator)
         if path.endswith("balancing_biases"):
             tensor[-1] = -1.0  # zaya's expert that skips: loading always puts its own -1 there

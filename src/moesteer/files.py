@@ -132,20 +132,24 @@ def read_bytes(path: Path, *, kind: str) -> bytes:
     return data
 
 
-def read_json(path: Path, *, kind: str = "json") -> Any:
-    """A JSON file. NaN, repeated keys and bad UTF-8 are errors (FileError)."""
+def read_json(path: Path, *, kind: str = "json", infinity: bool = False) -> Any:
+    """A JSON file. NaN, repeated keys and bad UTF-8 are errors (FileError); infinity: -Infinity and Infinity are not.
+
+    Configs of models with Mamba layers hold Infinity, as Python's json writes it.
+    """
     try:
-        return parse_json(read_bytes(path, kind=kind))
+        return parse_json(read_bytes(path, kind=kind), infinity=infinity)
     except (ValueError, RecursionError) as error:
         raise FileError(
             f"not valid JSON: {error}", where=str(path), expected="one JSON value in UTF-8", do="write the file again"
         ) from error
 
 
-def parse_json(data: bytes | str) -> Any:
+def parse_json(data: bytes | str, *, infinity: bool = False) -> Any:
     """Strict JSON: UTF-8, no NaN or Infinity (nor 1e999), no repeated keys. Raises ValueError, RecursionError."""
     text = data.decode("utf-8") if isinstance(data, bytes) else data
-    return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_refuse_repeats)
+    constant = _refuse_nan if infinity else _refuse_constant
+    return json.loads(text, parse_constant=constant, parse_float=_finite, object_pairs_hook=_refuse_repeats)
 
 
 def _finite(text: str) -> float:
@@ -153,6 +157,10 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text} is too large a number")
     return value
+
+
+def _refuse_nan(name: str) -> float:
+    return float(name) if name != "NaN" else _refuse_constant(name)
 
 
 def _refuse_constant(name: str) -> Any:

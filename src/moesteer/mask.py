@@ -142,8 +142,9 @@ class SteeringMask:
             raise MaskMismatchError(
                 "the mask was made for another checkpoint: the router weights differ",
                 where=f"mask {mine.router_sha256[:12]}, model {fingerprint.router_sha256[:12]}",
-                expected="the checkpoint the mask was made on",
-                do="use that checkpoint, or insist with --allow-other-checkpoint and evaluate again",
+                expected="the checkpoint the mask was made on, in a dtype that does not round it",
+                do="use that checkpoint (and leave --dtype as it was then), or insist with --allow-other-checkpoint "
+                "and evaluate again",
             )
 
     @contextmanager

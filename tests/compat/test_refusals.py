@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,8 @@ from moesteer.errors import (
     InputError,
     MaskContentError,
     MaskMismatchError,
+    ModelError,
+    MoesteerError,
     NanLogitsError,
     NoEffectError,
     SelfCheckError,
@@ -144,6 +148,83 @@ def test_a_model_of_a_refused_family_is_refused_when_it_is_adopted() -> None:
     )  # fmt: skip
     with pytest.raises(UnknownRouterError, match="product keys"):
         adopt(AutoModelForCausalLM.from_config(config), tokenizer)
+
+
+@pytest.mark.parametrize("name", ["phimoe", "hunyuan_v1_moe", "glm4v_moe"])
+def test_a_checkpoint_that_still_names_its_old_code_is_loaded_by_transformers_own_class(
+    name: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As Phi-3.5-MoE and Hunyuan-A13B are published. The code would leave a file; it is neither read nor run."""
+    folder = tmp_path / "model"
+    shutil.copytree(folder_of(name), folder)
+    canary = f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+    for file in ("modeling_x.py", "configuration_x.py", "tokenization_x.py"):
+        (folder / file).write_text(canary)
+    for file, classes in (
+        ("config.json", {"AutoConfig": "configuration_x.C", "AutoModelForCausalLM": "modeling_x.M"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["tokenization_x.T", None]}),
+    ):
+        settings = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**settings, "auto_map": classes}))
+    model = load(folder)
+    assert model.fingerprint == load(folder_of(name)).fingerprint
+    assert type(model.hf).__module__.startswith("transformers.models.")
+    assert shape_of(folder).experts == model.fingerprint.experts
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        ("olmoe", "layers.1.mlp.gate.weight"),
+        ("olmoe", "layers.1.mlp.experts."),
+        ("deepseek_v3", "e_score_correction_bias"),
+    ],
+)
+def test_a_checkpoint_that_lacks_tensors_is_refused_and_not_filled_with_random_ones(
+    name: str, lost: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folder_of(name), folder)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {key: value for key, value in tensors.items() if lost not in key}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="not in the checkpoint"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 0}, {"num_hidden_layers": "x"}, {"text_config": 5}, {"model_type": ["olmoe"]},
+        {"architectures": 5}, {"quantization_config": "x"}, {"quantization_config": [1]}, {"hidden_size": 31},
+        {"num_experts_per_tok": 99}, {"num_experts_per_tok": 0},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("look", [load, shape_of])
+def test_a_config_of_nonsense_is_refused_with_an_error_of_ours(
+    change: dict[str, object], look: Callable[[Path], object], folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folder_of("olmoe"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    if look is shape_of and "hidden_size" in change:
+        look = load  # a width is no fault by itself: only the weights tell
+    with pytest.raises(MoesteerError):
+        look(folder)
+
+
+def test_weights_that_are_cut_short_are_refused_with_an_error_of_ours(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folder_of("olmoe"), folder)
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ModelError, match="could not load"):
+        load(folder)
 
 
 def test_nan_router_weights_are_found_at_load(tmp_path: Path) -> None:

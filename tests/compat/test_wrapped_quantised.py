@@ -223,7 +223,7 @@ def test_mxfp4_is_dequantised_as_the_format_says_and_steered(mxfp4: tuple[Path, 
     for path, values in expected.items():
         np.testing.assert_array_equal(weights[path].detach().float().numpy(), values.transpose(0, 2, 1))
     assert len(expected) == 6
-    asked = quantised.quantisation({"quantization_config": {"quant_method": "mxfp4"}}, None, "", None, name="")
+    asked = quantised.quantisation({"quantization_config": {"quant_method": "mxfp4"}}, None, name="")
     assert asked["quantization_config"].dequantize, "also where the kernels are installed, which transformers prefers"
     assert_steered_as_routing_says(model)
 

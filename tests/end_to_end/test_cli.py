@@ -184,12 +184,14 @@ def _dense(folder: Path) -> None:
 
 def _unsafe(folder: Path) -> None:
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "auto_map": {"AutoModel": "x.Y"}}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "deepseek", "auto_map": {"AutoModel": "x.Y"}}))
 
 
 def _internal(folder: Path) -> None:
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"text_config": {"_attn_implementation_internal": "hub/kernel"}}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "qwen3_moe", "text_config": {"_attn_implementation_internal": "hub/kernel"}})
+    )
 
 
 def _pickled(folder: Path) -> None:

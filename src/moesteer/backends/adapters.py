@@ -40,11 +40,17 @@ def adapter_config(source: str, *, name: str, revision: str | None) -> dict[str,
     if config is None:
         return None
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    if not isinstance(config, dict) or not isinstance(base, str) or not base:
+    revision_named = config.get("revision") if isinstance(config, dict) else None
+    if (
+        not isinstance(config, dict)
+        or not isinstance(base, str)
+        or not base
+        or not isinstance(revision_named, str | None)
+    ):
         raise ModelError(
             "the adapter does not say what model it is for",
             where=f"{name}: adapter_config.json",
-            expected="base_model_name_or_path: a folder or a Hub id",
+            expected="base_model_name_or_path: a folder or a Hub id, and a revision of it or none",
             do="write it there, or load the base and give PeftModel.from_pretrained(base, folder) to adopt",
         )
     if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():

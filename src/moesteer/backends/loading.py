@@ -18,7 +18,16 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from moesteer.backends.adapters import adapter_config, with_adapter
 from moesteer.backends.hf import Model
 from moesteer.backends.quantised import forget_recipe, multiply_quantised, quantisation, quantised_experts
-from moesteer.backends.sources import class_for, model_types, quiet_bars, read_config, require_extra, source_of
+from moesteer.backends.sources import (
+    as_model_errors,
+    class_for,
+    model_types,
+    native_config,
+    quiet_bars,
+    read_config,
+    require_extra,
+    source_of,
+)
 from moesteer.backends.wrapped import (
     check_compiled,
     refuse_adapted_routers,
@@ -65,6 +74,7 @@ def load(
     if device == "spread":
         device, device_map = "auto", device_map or "auto"
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    _require_device(place, name=name)
     wanted: Any = DTYPES.get(dtype, "auto")
     if dtype == "auto" and place == "cpu":
         wanted = torch.float32
@@ -72,7 +82,7 @@ def load(
         raise ModelError(
             f"no dtype {dtype!r}", where=name, expected=f"auto, {', '.join(DTYPES)}", do="give one of these as --dtype"
         )
-    settings: dict[str, Any] = {"dtype": wanted, **quantisation(stored, quantize, base, base_revision, name=name)}
+    settings: dict[str, Any] = {"dtype": wanted, **quantisation(stored, quantize, name=name)}
     if device_map is not None:
         require_extra("accelerate", "devices", what="device_map spreads a model with accelerate", where=name)
         settings |= {"device_map": device_map, "offload_folder": tempfile.mkdtemp(prefix="moesteer-offload-")}
@@ -84,15 +94,37 @@ def load(
     if adapter is not None:
         tokenizer, hf = with_adapter(hf, tokenizer, source, revision=revision, name=name)
     if device_map is None:
-        hf = hf.to(place)
+        with as_model_errors(f"the model cannot be put on {place!r}", name=name, do="give another --device"):
+            hf = hf.to(place)
+    if quantize is not None:
+        return _adopt_quantised(hf, tokenizer, name=name, check=check, quantize=quantize)
+    return adopt(hf, tokenizer, name=name, check=check)
+
+
+def _require_device(place: str, *, name: str) -> None:
+    """Raise ModelError for a device that there is not, before minutes of loading."""
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"no device {place!r}: {str(error).splitlines()[0]}"[:300],
+            where=name,
+            expected="auto, cpu, spread, or a device that torch has here (cuda, cuda:0, mps, ...)",
+            do="give another --device; `moesteer doctor` shows what torch sees",
+        ) from error
+
+
+def _adopt_quantised(
+    hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, check: bool, quantize: str
+) -> Model:
     try:
         return adopt(hf, tokenizer, name=name, check=check)
     except ModelError as error:
-        if quantize is None or not isinstance(error.__cause__, RuntimeError):
+        if not isinstance(error.__cause__, RuntimeError):
             raise
         raise ModelError(
             f"quantised to {quantize}, this model does not run: {str(error.__cause__).splitlines()[0]}",
-            where=f"{name} ({stored.get('model_type')})",
+            where=f"{name} ({hf.config.model_type})",
             expected="a family whose own code multiplies with its weights as they are (docs/wrapped-models.md)",
             do="load it without quantize",
         ) from error
@@ -102,31 +134,30 @@ def _from_pretrained(
     source: str, revision: str | None, stored: dict[str, Any], settings: dict[str, Any], *, name: str
 ) -> tuple[PreTrainedTokenizerBase, Any]:
     method = (stored.get("quantization_config") or {}).get("quant_method")
+    what, do = "transformers could not load the model", "check the path; convert .bin weights to safetensors"
+    if method is not None:
+        what = f"the checkpoint is quantised ({method}), and transformers cannot run that here"
+        do = "load the one that is not quantised, with quantize='int8' or 'int4' if memory is short"
     try:
-        with quiet_bars():
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-            hf = class_for(stored).from_pretrained(
-                source, revision=revision, trust_remote_code=False, use_safetensors=True, **settings
-            )
-            return tokenizer, hf
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        with as_model_errors(what, name=name, do=f"{do}; `moesteer doctor` shows the versions in use"), quiet_bars():
+            config = native_config(stored)
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, config=config, trust_remote_code=False)
+            hf, info = class_for(stored).from_pretrained(
+                source, revision=revision, config=config, trust_remote_code=False, use_safetensors=True,
+                output_loading_info=True, **settings,
+            )  # fmt: skip
+    except ModelError:
         shutil.rmtree(settings.get("offload_folder", ""), ignore_errors=True)
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        if method is not None:
-            raise ModelError(
-                f"the checkpoint is quantised ({method}), and transformers cannot run that here: {why}",
-                where=name,
-                expected="torchao or mxfp4, which run anywhere, or the package and the GPU that the method needs",
-                do="load the checkpoint that is not quantised, with quantize='int8' or 'int4' if memory is short",
-            ) from error
-        if isinstance(error, RuntimeError):
-            raise
+        raise
+    lost = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+    if lost:
         raise ModelError(
-            f"transformers could not load the model: {why}",
+            f"{len(lost)} tensors are not in the checkpoint, or of another shape: {', '.join(lost[:3])}"[:400],
             where=name,
-            expected="a folder with config.json, safetensors weights and a tokenizer, or a Hub id of such",
-            do="check the path; convert .bin weights to safetensors; `moesteer doctor` shows the versions in use",
-        ) from error
+            expected="every weight of the model: transformers would fill the gaps with random numbers",
+            do="fetch the checkpoint again; compare its config.json with its files",
+        )
+    return tokenizer, hf
 
 
 def adopt(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str = "", check: bool = True) -> Model:

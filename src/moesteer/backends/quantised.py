@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, Mxfp4Config, TorchAoConfig
+from transformers import Mxfp4Config, TorchAoConfig
 
-from moesteer.backends.sources import class_for, quiet_bars, require_extra
+from moesteer.backends.sources import as_model_errors, class_for, native_config, require_extra
 from moesteer.errors import ModelError
 from moesteer.models.fingerprint import is_quantised
 from moesteer.models.routers import Router, find_routers
@@ -20,9 +20,7 @@ QUANTIZE = ("int8", "int4")
 INT4_EXPERTS = "Int4Experts"
 
 
-def quantisation(
-    stored: dict[str, Any], quantize: str | None, source: str, revision: str | None, *, name: str
-) -> dict[str, Any]:
+def quantisation(stored: dict[str, Any], quantize: str | None, *, name: str) -> dict[str, Any]:
     """Settings that quantise a checkpoint, or that a quantised one needs for its routers to be asked.
 
     The MXFP4 kernels of gpt-oss compute the selection themselves and never call the router; so it is dequantised.
@@ -45,22 +43,22 @@ def quantisation(
     if method == "torchao" or quantize is not None:
         require_extra("torchao", "quant", what="torchao quantises this model", where=name)
     if quantize is not None:
-        return {"quantization_config": _recipe(quantize, stored, source, revision, name=name)}
+        return {"quantization_config": _recipe(quantize, stored, name=name)}
     if method == "mxfp4":
         return {"quantization_config": Mxfp4Config(dequantize=True)}
     return {}
 
 
-def _recipe(quantize: str, stored: dict[str, Any], source: str, revision: str | None, *, name: str) -> Any:
+def _recipe(quantize: str, stored: dict[str, Any], *, name: str) -> Any:
     """transformers' TorchAoConfig for a model: its linear layers and its experts, not its routers nor its head.
 
     int8: a scale per row. int4: a scale per group of 32 (16 where 32 does not divide the width; else not quantised).
     torchao keeps int4 in whole bytes on a CPU: it rounds as four bits do, and takes the memory of eight.
     """
     ao: Any = import_module("torchao.quantization")
-    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    with quiet_bars(), torch.device("meta"):
-        skeleton = class_for(stored).from_config(config)
+    do = "load it without quantize"
+    with as_model_errors("the model cannot be built from its config", name=name, do=do), torch.device("meta"):
+        skeleton = class_for(stored).from_config(native_config(stored))
     routers = find_routers(skeleton)
     kinds = tuple({type(router.module) for router in routers if type(router.module) is not nn.Linear})
     int8 = ao.Int8WeightOnlyConfig(set_inductor_config=False)

@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
-from moesteer.backends.sources import class_for, model_types, quiet_bars, read_config, source_of
-from moesteer.errors import ModelError
+from moesteer.backends.sources import (
+    as_model_errors,
+    class_for,
+    model_types,
+    native_config,
+    quiet_bars,
+    read_config,
+    source_of,
+)
 from moesteer.models.checkpoint import INDEX, SINGLE, placed_in
 from moesteer.models.limits import limits
 from moesteer.models.routers import find_routers, require_steerable
@@ -22,8 +28,8 @@ class Shape:
     """What config.json (and the index of the shards, where there is one) says of a model's routers.
 
     layer_ids: decoder layers with a router. paths: of the routers in the model. limits: what masks must heed.
-    shards: files the index names; shards_here: those present; index_agrees: the layers that have experts in the
-    index are those with a router in the config (None without an index that names layers).
+    shards: files the index names; shards_here: those present; index_agrees: every layer with a router by the config has
+    experts in the index (None without an index here, or one that names no experts by layer).
     """
 
     model_type: str
@@ -55,17 +61,11 @@ def shape_of(model: str | Path, *, revision: str | None = None) -> Shape:
     source = source_of(name)
     stored = read_config(source, name=name, revision=revision)
     require_steerable(model_types(stored), where=name)
-    try:
-        with quiet_bars(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-            empty = class_for(stored).from_config(config)
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
-        raise ModelError(
-            f"transformers could not build the model from its config: {str(error).splitlines()[0]}",
-            where=name,
-            expected="a config.json that the installed transformers knows",
-            do="`moesteer doctor` shows the versions in use; newer models need a newer transformers",
-        ) from error
+    what = "transformers could not build the model from its config"
+    do = "`moesteer doctor` shows the versions in use; newer models need a newer transformers"
+    with as_model_errors(what, name=name, do=do), quiet_bars(), torch.device("meta"):
+        config = native_config(stored)
+        empty = class_for(stored).from_config(config)
     routers = find_routers(empty)
     first = routers[0]
     layer_ids = tuple(router.layer_id for router in routers)

@@ -55,6 +55,7 @@ def unwrapped(hf: Any, *, where: str) -> PreTrainedModel:
 
 
 def refuse_bypassed(loaded: Model) -> None:
+    """Raise ModelError where transformers' MXFP4 kernels stand in for the block: they never call the router."""
     for router in loaded.routers:
         forward = router.block.__dict__.get("forward")
         if getattr(getattr(forward, "__func__", forward), "__module__", "") == "transformers.integrations.mxfp4":
@@ -67,6 +68,7 @@ def refuse_bypassed(loaded: Model) -> None:
 
 
 def refuse_adapted_routers(loaded: Model) -> None:
+    """Raise ModelError where an adapter of PEFT sits on a router."""
     for router in loaded.routers:
         around = [router.block, *router.module.modules()]
         if any(type(module).__module__.startswith("peft.") for module in around):
@@ -83,6 +85,7 @@ def _probe(loaded: Model) -> Tensor:
 
 
 def require_same_output(wrapped: Any, loaded: Model) -> None:
+    """Raise ModelError unless a wrapper gives the logits of the model inside it, bit for bit, on a short probe."""
     with torch.inference_mode():
         theirs = wrapped(input_ids=_probe(loaded), use_cache=False).logits
         ours = loaded.hf(input_ids=_probe(loaded), use_cache=False).logits
@@ -101,7 +104,7 @@ def check_compiled(loaded: Model) -> None:
     Steered first: torch splits the graph at each router the first time, and keeps the pieces from then on.
     """
     hf = loaded.hf
-    if hf._compiled_call_impl is None and "forward" not in hf.__dict__:
+    if getattr(hf, "_compiled_call_impl", None) is None and "forward" not in hf.__dict__:
         return
     target = loaded.routers[-1]
     bias = np.linspace(-8, 8, target.experts, dtype=np.float32)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -25,7 +26,8 @@ class _ShowByDefault(TyperGroup):
 
 app = typer.Typer(
     cls=_ShowByDefault,
-    help="The router families; one model's routers and the proof that steering works; conversion to a native class.",
+    help="The router families (`moesteer models`); one model's routers and the proof that steering it works (`moesteer "
+    "models MODEL`, with the options of `show`); conversion to a native class.",
 )
 
 
@@ -60,7 +62,7 @@ def models(
 @app.command("convert")
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A checkpoint's folder.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to write, new or empty.", show_default=False)],
     json: Json = False,
 ) -> None:
     """Re-save a checkpoint that needs code of its own as a native class, exactly; none of its code is run.
@@ -87,21 +89,24 @@ def _families(*, json: bool) -> None:
     if json:
         show.print_json(table)
         return
+    wide = Console().width >= 150
     shown = Table(title=f"router families, as proven with transformers {table['proven_with']}")
     for column in ("family", "layers", "experts", "k"):
         shown.add_column(column, justify="right" if column != "family" else "left", no_wrap=True)
-    for column in ("scoring", "capture", "steer", "force", "bake"):
+    for column in ("scoring", "capture", "steer") if wide else ():
         shown.add_column(column)
-    shown.add_column("tests", justify="right")
+    for column in ("force", "bake", "tests"):
+        shown.add_column(column, justify="right" if column == "tests" else "left", no_wrap=True)
     for entry in table["families"]:
         star = "*" if entry["sizes_of"] == "test model" else ""
-        numbers = [f"{entry[key]}{star}" if entry[key] else "-" for key in ("layers", "experts", "top_k")]
-        cells = [_cell(entry[name], "yes") for name in ("capture", "steer")]
+        cells = [f"{entry[key]}{star}" if entry[key] else "-" for key in ("layers", "experts", "top_k")]
+        if wide:
+            cells += [entry["scoring"], *(_cell(entry[name], "yes") for name in ("capture", "steer"))]
         cells += [_cell(entry[name], entry[name]["how"]) for name in ("force", "bake")]
-        shown.add_row(entry["family"], *numbers, entry["scoring"], *cells, str(entry["tests"] or "-"))
+        shown.add_row(entry["family"], *cells, str(entry["tests"] or "-"))
     show.print_table(shown)
     typer.echo("layers, experts, k: of transformers' default config (*: of the test model, where that is not one).")
-    typer.echo("-: not in this version of transformers.")
+    typer.echo("-: not in this version of transformers." + ("" if wide else " More columns from a width of 150 on."))
     typer.echo("bake: 'exact' holds additive masks, 'selection' forced ones (docs/baking.md).")
     for refused in table["refused"]:
         typer.echo(f"refused: {refused['family']}: {refused['reason']}")

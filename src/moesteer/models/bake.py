@@ -70,7 +70,7 @@ def require_bakeable(mask: SteeringMask) -> Bake:
         raise ModelError(
             f"no tensor of a {model_type} checkpoint can hold a mask: its router has no bias of its own",
             where=f"the mask, made for {model_type}",
-            expected=f"a family that can: {', '.join(row for row, family in FAMILIES.items() if family.bake)}",
+            expected="a family that can: `moesteer models` says which, in the column `bake`",
             do=RUNTIME,
         )
     if mask.forced and kind != "correction":

@@ -202,6 +202,12 @@ def _common_ending(name: str, other: str) -> int:
     return next((count for count, (a, b) in enumerate(pairs) if a != b), min(name.count("."), other.count(".")) + 1)
 
 
+def is_own(folder: Path, path: Path) -> bool:
+    """Whether a file lies in the checkpoint's folder, or is a link into the Hub cache that the folder is part of."""
+    root = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    return path.resolve().is_relative_to(root.resolve())
+
+
 def copy_changed(checkpoint: Checkpoint, folder: Path, changes: Sequence[Change]) -> tuple[str, ...]:
     """Copy a checkpoint into `folder` with some tensors changed; names of files that were left out.
 
@@ -216,7 +222,7 @@ def copy_changed(checkpoint: Checkpoint, folder: Path, changes: Sequence[Change]
     for path in sorted(checkpoint.folder.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
         if path in by_file:
             continue
-        if path.is_file() and CARRIED.fullmatch(path.name):
+        if path.is_file() and CARRIED.fullmatch(path.name) and is_own(checkpoint.folder, path):
             files.copy(path, folder / path.name)
         elif path.name == TEMPLATES and path.is_dir():
             (folder / TEMPLATES).mkdir()

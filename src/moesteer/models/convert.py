@@ -20,7 +20,7 @@ from safetensors.torch import save as save_tensors
 from moesteer import files
 from moesteer.errors import FileError, InputError, ModelError
 from moesteer.models import deepseek_v1, phimoe
-from moesteer.models.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, Stored, broken
+from moesteer.models.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, Stored, broken, is_own
 from moesteer.models.pieces import Piece
 from moesteer.progress import Progress
 
@@ -196,7 +196,7 @@ def _tensor(piece: Piece, found: Stored) -> torch.Tensor:
 def _carry(source: Path, folder: Path) -> None:
     """Copy tokenizer, template, settings and licence; `auto_map` is taken out of settings."""
     for name in (*CARRIED, *CARRIED_SETTINGS):
-        if not (source / name).exists():
+        if not (source / name).exists() or not is_own(source, source / name):
             continue
         data = files.read_bytes(source / name, kind="json")
         if name in CARRIED_SETTINGS:  # in its own order: added tokens have one

@@ -163,7 +163,7 @@ ROWS = (
         scale="routed_scaling_factor", correction="e_score_correction_bias", bake="correction",
         kind_switch=("scoring_func", {"sqrtsoftplus": "sqrtsoftplus", "sigmoid": "sigmoid", "softmax": "softmax-topk"}),
     ),
-    softmax("jamba", renormalise=False, selector="route_tokens_to_experts", router="JambaTopKRouter",
+    softmax("jamba", renormalise=False, selector="route_tokens_to_experts",
             examples=("ai21labs/AI21-Jamba-Mini-1.7",)),
     topk_softmax(
         "jetmoe", weight="layer.weight", reads="sorted", router="JetMoeTopKGating", skips=r"\.self_attention\.",
@@ -220,8 +220,8 @@ ROWS = (
     softmax("qwen3_next", examples=("Qwen/Qwen3-Next-80B-A3B-Instruct",)),
     softmax(
         "qwen3_omni_moe", also=("qwen3_omni_moe_text", "qwen3_omni_moe_thinker"), skips=r"(^|\.)talker\.",
-        router="Qwen3OmniMoeThinkerTextTopKRouter", note="the thinker is steered, not the talker that speaks",
-        examples=("Qwen/Qwen3-Omni-30B-A3B-Instruct",),
+        router="Qwen3OmniMoeThinkerTextTopKRouter",
+        note="checkpoints of the thinker alone; transformers has no class that generates text for the whole",
     ),
     softmax_renormalised(
         "qwen3_vl_moe", also=("qwen3_vl_moe_text",), examples=("Qwen/Qwen3-VL-30B-A3B-Instruct",)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -135,8 +135,8 @@ def find_routers(model: PreTrainedModel) -> tuple[Router, ...]:
     where = str(getattr(model, "name_or_path", "") or type(model).__name__)
     records = recorded(model)
     family = _family_of(model, config, records, where=where)
-    routers: list[Router] = []
-    for path, module, logits_at in _router_modules(model, family, records):
+    found: list[Router] = []
+    for path, module, logits_at in _router_modules(model, family, records, where=where):
         layer = re.search(family.layer_pattern, path)
         block = model.get_submodule(path.rpartition(".")[0])
         weight = _walk(module, family.weight)
@@ -150,12 +150,13 @@ def find_routers(model: PreTrainedModel) -> tuple[Router, ...]:
         scoring = scoring_of(family, module, block, config, where=f"{where}, {path}")
         width = int(weight.shape[0])
         selector = family.selector if family.selector and hasattr(block, family.selector) else ""
-        routers.append(
+        found.append(
             Router(
-                len(routers), int(layer.group(1)), path, module, block, family, scoring, width - scoring.shared, width,
+                0, int(layer.group(1)), path, module, block, family, scoring, width - scoring.shared, width,
                 logits_at, selector,
             )
         )  # fmt: skip
+    routers = [replace(r, index=i) for i, r in enumerate(sorted(found, key=lambda router: router.layer_id))]
     if not routers:
         raise DenseModelError(
             f"the model ({config.model_type}) has no router: every layer is dense",
@@ -164,7 +165,7 @@ def find_routers(model: PreTrainedModel) -> tuple[Router, ...]:
             do="check mlp_only_layers, decoder_sparse_step and the like in the model's config.json",
         )
     _require_alike(routers, where=where)
-    return tuple(sorted(routers, key=lambda router: router.layer_id))
+    return tuple(routers)
 
 
 def require_steerable(model_types: Iterable[str], *, where: str) -> None:
@@ -188,7 +189,7 @@ def _family_of(model: PreTrainedModel, config: Any, records: list[Record], *, wh
         raise DenseModelError(
             f"the model ({config.model_type}) is dense: it has no router to steer",
             where=where,
-            expected=f"a Mixture-of-Experts model of a family in `moesteer models` ({', '.join(FAMILIES)})",
+            expected="a Mixture-of-Experts model of a family in `moesteer models`",
             do="choose a Mixture-of-Experts checkpoint",
         )
     family = next((FAMILIES[name] for name in types if name in FAMILIES), None)
@@ -197,17 +198,24 @@ def _family_of(model: PreTrainedModel, config: Any, records: list[Record], *, wh
         raise UnknownRouterError(
             f"no family row for model type {config.model_type!r} (found: {found}, {counts or 'no expert count'})",
             where=where,
-            expected=f"one of the families in `moesteer models`: {', '.join(FAMILIES)}",
+            expected="one of the families in `moesteer models`",
             do="add a row to src/moesteer/models/families.py (docs/adding-a-model.md shows how and tests it)",
         )
     return family
 
 
 def _router_modules(
-    model: PreTrainedModel, family: Family, records: list[Record]
+    model: PreTrainedModel, family: Family, records: list[Record], *, where: str
 ) -> Iterator[tuple[str, nn.Module, int]]:
     """(path, module, place of the logits in its output) of every router the row steers."""
     named = [(path, m) for path, m in model.named_modules() if family.router and type(m).__name__ == family.router]
+    if family.router and not named:
+        raise UnknownRouterError(
+            f"no module of class {family.router}, which the family row names",
+            where=where,
+            expected="the router's class under this name",
+            do="report the model and the installed transformers version: the row needs an update",
+        )
     for path, module in named or model.named_modules():
         if family.skips and re.search(family.skips, path):
             continue
@@ -233,24 +241,34 @@ def scoring_of(family: Family, module: nn.Module, block: nn.Module, config: Any,
                 return getattr(place, name)
         return _MISSING
 
+    def no_such(what: str, expected: str) -> UnknownRouterError:
+        do = "report the model and the installed transformers version: the row needs an update"
+        return UnknownRouterError(what, where=where, expected=expected, do=do)
+
+    def present(name: str) -> Any:
+        found = look(name)
+        if found is _MISSING:
+            what = f"the router has no {name!r}, which its family row names"
+            raise no_such(what, f"{name!r} on the router, its block or the text config")
+        return found
+
+    def text(name: str) -> str:
+        return str(present(name))
+
     def number(value: float | str, default: float) -> float:
         if not isinstance(value, str):
             return value
-        found = look(value)
-        if found is _MISSING:
-            raise UnknownRouterError(
-                f"the router has no {value!r}, which its family row names",
-                where=where,
-                expected=f"{value!r} on the router, its block or the text config",
-                do="report the model and the installed transformers version: the row needs an update",
-            )
+        found = present(value)
         return default if found is None else float(found)
 
     attribute, wanted = family.group_switch
-    grouped = bool(family.groups) and (not attribute or look(attribute) == wanted)
+    grouped = bool(family.groups) and (not attribute or text(attribute) == wanted)
     kind: ScoringKind = family.scoring
     if family.kind_switch[0]:
-        kind = family.kind_switch[1].get(str(look(family.kind_switch[0])), kind)
+        attribute, kinds = family.kind_switch
+        if text(attribute) not in kinds:
+            raise no_such(f"the router's {attribute!r} is {text(attribute)!r}", " or ".join(kinds))
+        kind = kinds[text(attribute)]
     renormalise = bool(number(family.renormalise, 0.0)) and kind not in ("topk-softmax", "sparsemixer")
     groups = int(number(family.groups, 1)) if grouped else 1
     return Scoring(
@@ -276,6 +294,16 @@ def scoring_of(family: Family, module: nn.Module, block: nn.Module, config: Any,
 
 def _require_alike(routers: list[Router], *, where: str) -> None:
     first = routers[0]
+    layers = [router.layer_id for router in routers]
+    twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+    if twice or not 1 <= first.scoring.top_k <= first.experts:
+        what = f"layer {twice[0]} has two routers" if twice else f"{first.scoring.top_k} of {first.experts} experts"
+        raise UnknownRouterError(
+            f"the routers are not what a mask can be made for: {what}",
+            where=where,
+            expected="one router a layer, which selects from 1 to all of its experts",
+            do="check the model's config.json, above all the number of experts per token",
+        )
     for router in routers:
         if (router.experts, router.scoring) != (first.experts, first.scoring):
             raise UnknownRouterError(
