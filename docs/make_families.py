@@ -20,7 +20,8 @@ checkpoint can hold a mask ([baking](baking.md)). [Adding one](adding-a-model.md
 - layers (with a router), experts, k: of transformers' default config, which need not be the best known checkpoint's;
   `*` of the test model, where the default config has no router or cannot be built. Zero and skip choices count.
 - force: what the tests forced; "off" for top-1 routers, which cannot take an expert on.
-- bake: "exact" holds an additive mask, "selection" a forced one (weights stay the model's), "no" neither.
+- bake: "exact" holds an additive mask (phimoe's: but for rounding), "selection" a forced one (weights stay the
+  model's), "no" neither.
 - tests: passed, by version of transformers; "-" where that version does not have the family.
 """
 
