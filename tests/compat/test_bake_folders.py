@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,19 @@ def test_a_layernorm_with_too_small_a_constant_for_bfloat16_is_refused(beta: flo
     if beta:
         exact = load(make(tmp_path / "exact", "phimoe", beta=beta))
         assert (bake(exact, additive(exact), out=tmp_path / "out").verified.logit_error or 1.0) < 0.01
+
+
+def test_a_layer_whose_small_bias_drowns_in_rounding_is_refused_beside_a_layer_of_large_ones(tmp_path: Path) -> None:
+    """Each router is measured against its own part of the mask, not against the largest of any layer."""
+    model = load(make(tmp_path / "source", "phimoe", dtype="bfloat16"), dtype="bfloat16")
+    mask = additive(model)
+    assert mask.strength_LE is not None
+    faint = mask.strength_LE.copy()
+    faint[-1] *= 1e-3
+    with pytest.raises(SelfCheckError, match="logits are off by up to"):
+        bake(model, replace(mask, strength_LE=faint), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    bake(model, mask, out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "minimax_m2"])
