@@ -35,6 +35,7 @@ from moesteer.models.check import self_check
 from moesteer.models.families import REFUSED
 from tests.compat.masks_and_calls import additive, conversations, forced
 from tests.conftest import make_folder
+from tests.tiny_families import randomise, tiny_config, tiny_model
 
 ModelOf = Callable[..., Model]
 
@@ -192,6 +193,19 @@ def test_a_checkpoint_that_lacks_tensors_is_refused_and_not_filled_with_random_o
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="not in the checkpoint"):
         load(folder)
+
+
+def test_a_head_tied_to_the_embeddings_is_not_missing_though_it_is_in_no_file(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(LAB_TINY)
+    config = tiny_config("qwen3_moe", tokenizer)
+    config.tie_word_embeddings = True
+    model = tiny_model(config)
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert not any("lm_head" in name for name in load_file(tmp_path / "model.safetensors"))
+    loaded = load(tmp_path)
+    assert loaded.hf.get_output_embeddings().weight is loaded.hf.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize(
