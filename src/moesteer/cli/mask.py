@@ -1,4 +1,4 @@
-"""`moesteer mask show|check|bake`"""
+"""`moesteer mask show|check|bake`; the other commands of the group are in the files beside this one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from moesteer.cli import show
+from moesteer.cli import mask_compose, mask_import, show
 from moesteer.cli.options import Alpha, Device, Dtype, Json, ModelArgument, OtherCheckpoint
 
-app = typer.Typer(help="Look at steering masks, check them, bake them into a checkpoint.", no_args_is_help=True)
+app = typer.Typer(
+    help="Look at steering masks, check, combine and compare them, import tables, bake them into a checkpoint.",
+    no_args_is_help=True,
+)
 File = Annotated[Path, typer.Argument(metavar="MASK", help="A mask file.", show_default=False)]
 
 
@@ -97,3 +100,9 @@ def bake(
         return
     for name, value in baked.described().items():
         typer.echo(f"{name:<12} {value}")
+
+
+app.command("compose")(mask_compose.compose)
+app.command("diff")(mask_compose.diff)
+app.command("similarity")(mask_compose.similarity)
+app.command("import")(mask_import.import_)
