@@ -209,33 +209,40 @@ class TraceReader:
         """Per-layer standard deviation of router logits, over all kept tokens."""
         return np.array(self.manifest.sigma_L, dtype=np.float32)
 
-    def sequences(self, wanted: set[str] | None = None) -> Iterator[tuple[TraceRow, Mapping[str, NDArray[Any]]]]:
-        """Each sequence (of the ids wanted) with its arrays `logits`, `selected`, `token_ids`, in shard order."""
+    def sequences(
+        self, wanted: set[str] | None = None, *, tensors: Sequence[str] | None = None
+    ) -> Iterator[tuple[TraceRow, Mapping[str, NDArray[Any]]]]:
+        """Each sequence (of the ids wanted) with its arrays `logits`, `selected`, `token_ids`, in shard order.
+
+        tensors: read only these; logits are far larger than the rest.
+        """
         by_shard: dict[int, list[TraceRow]] = {}
         for row in self.rows:
             if wanted is None or row.id in wanted:
                 by_shard.setdefault(row.shard, []).append(row)
         for number in sorted(by_shard):
-            arrays = self._shard(number)
+            arrays = self._shard(number, tensors)
             for row in by_shard[number]:
                 part = slice(row.offset, row.offset + row.length)
-                if part.stop > len(arrays["token_ids"]):
+                if part.stop > len(next(iter(arrays.values()))):
                     raise _broken(self.folder, f"shard {number} is shorter than the index says")
                 yield row, {name: array[part] for name, array in arrays.items()}
 
-    def _shard(self, number: int) -> dict[str, NDArray[Any]]:
+    def _shard(self, number: int, tensors: Sequence[str] | None) -> dict[str, NDArray[Any]]:
         path = shard_path(self.folder, number)
         try:
             with safe_open(path, framework="numpy") as shard:
-                arrays = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
+                shapes = {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
+                wanted = set(shapes) if tensors is None else set(shapes) & set(tensors)
+                arrays = {name: shard.get_tensor(name) for name in wanted}
         except (SafetensorError, OSError) as error:
             raise _broken(self.folder, f"shard {number} cannot be read ({error})") from error
         fingerprint = self.fingerprint
-        shape = (len(arrays.get("token_ids", ())), len(fingerprint.layer_ids))
+        shape = (shapes.get("token_ids", (0,))[0], len(fingerprint.layer_ids))
         expected = {"selected": (*shape, fingerprint.top_k), "token_ids": shape[:1]}
         if self.manifest.level == "logits":
             expected["logits"] = (*shape, fingerprint.experts)
-        if {name: array.shape for name, array in arrays.items()} != expected:
+        if shapes != expected:
             raise _broken(self.folder, f"shard {number} has other tensors than the manifest says")
         return arrays
 

@@ -1,4 +1,4 @@
-"""detection/risk_difference.py, base.py and controls.py against counts in loops over traces written by hand.
+"""detection/risk_difference.py, choosing.py and base.py against counts in loops over traces written by hand.
 
 Legend: L layers, E experts, K selected. The trace has 3 layers of 6 experts, 2 selected, in two shards.
 """
@@ -14,58 +14,27 @@ from hypothesis import strategies as st
 
 from moesteer.detection import risk_difference
 from moesteer.detection.base import additive_mask, forced_mask, require_logits, require_span, two_sides
+from moesteer.detection.choosing import additive_signs, forced_signs
 from moesteer.detection.controls import random_like
-from moesteer.detection.risk_difference import Counts, count, detect, forced_table
-from moesteer.errors import InputError, MoesteerError, NoEffectError, TraceLabelError
-from moesteer.fingerprint import Fingerprint
+from moesteer.detection.counts import Counts
+from moesteer.detection.counts import count as count_sides
+from moesteer.detection.risk_difference import detect
+from moesteer.detection.sides import sides_of
+from moesteer.errors import NoEffectError, TraceLabelError
 from moesteer.mask import Intent, MaskInfo, SteeringMask
 from moesteer.trace import Manifest, TraceReader, TraceRow, TraceWriter
+from tests.unit.refusals_by_hand import (
+    DEFAULTS,
+    FINGERPRINT,
+    LABELS,
+    TOP_K,
+    loop_counts,
+    loop_difference,
+    loop_forced,
+    write_trace,
+)
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-LAYERS, EXPERTS, TOP_K = (0, 2, 3), 6, 2
-FINGERPRINT = Fingerprint(
-    model_type="fake_moe", layer_ids=LAYERS, experts=EXPERTS, top_k=TOP_K, scoring="softmax-topk k=2",
-    router_sha256="ab" * 32,
-)  # fmt: skip
-
-LABELS = ("refuse", "comply", "refuse", None, "deflect", "comply", "refuse")
-"""Of the sequences; "refuse" is wanted, None is not counted, any other label is the other side."""
-
-PROMPTS, RESPONSES = (3, 1, 4, 2, 1, 5, 2), (2, 4, 1, 3, 2, 1, 6)
-"""Tokens of the two spans of each sequence."""
-
-
-def write_trace(folder, *, labels=LABELS, level="logits", seed=0, spans=("prompt", "response"), lengths=None):
-    """A trace of random selections, and the same as plain lists: [(label, {span: [token][layer] -> ids})]."""
-    rng = np.random.default_rng(seed)
-    lengths = lengths or list(zip(PROMPTS, RESPONSES, strict=True))
-    manifest = Manifest(
-        fingerprint=FINGERPRINT, level=level, spans=spans, sequences=len(labels), shards=2, plan_sha256="cd" * 32
-    )
-    writer = TraceWriter(folder, manifest)
-    plain = []
-    halves = [range(len(labels) // 2), range(len(labels) // 2, len(labels))]
-    for shard, numbers in enumerate(halves):
-        rows, chosen, offset = [], [], 0
-        for n in numbers:
-            mine = {}
-            for span, length in zip(spans, lengths[n], strict=True):
-                # the side leans towards some experts, so that differences are large and of both signs
-                lean = np.arange(EXPERTS) * (0.5 if labels[n] == "refuse" else -0.5)
-                scores = rng.normal(size=(length, len(LAYERS), EXPERTS)) + lean
-                mine[span] = np.argsort(-scores, axis=-1)[..., :TOP_K].tolist()
-                chosen += mine[span]
-            plain.append((labels[n], mine))
-            total = sum(lengths[n])
-            rows.append(
-                TraceRow(f"c{n}", f"g{n}", labels[n], None, "fit", shard, offset, total, spans, tuple(lengths[n]))
-            )
-            offset += total
-        selected = np.array(chosen, dtype=np.uint8).reshape(offset, len(LAYERS), TOP_K)
-        logits = rng.normal(size=(offset, len(LAYERS), EXPERTS)).astype(np.float32) if level == "logits" else None
-        writer.write_shard(rows, selected=selected, token_ids=np.zeros(offset, np.int32), logits=logits)
-    writer.finish()
-    return TraceReader(folder), plain
 
 
 @pytest.fixture(scope="module")
@@ -73,27 +42,17 @@ def traced(tmp_path_factory):
     return write_trace(tmp_path_factory.mktemp("traces") / "t")
 
 
-def loop_counts(plain, toward, span):
-    """[wanted, other] counts as [layer][expert] and tokens, in loops."""
-    tables = [[[0] * EXPERTS for _ in LAYERS] for _ in range(2)]
-    tokens = [0, 0]
-    for label, spans in plain:
-        if label is None:
-            continue
-        side = 0 if label == toward else 1
-        for token in spans[span]:
-            tokens[side] += 1
-            for layer, ids in enumerate(token):
-                for expert in ids:
-                    tables[side][layer][expert] += 1
-    return tables, tokens
+def count(trace, *, toward, span):
+    """Counts of all groups together."""
+    return count_sides(trace, sides_of(trace, toward=toward, span=span))
 
 
-def loop_difference(plain, toward, span):
-    tables, tokens = loop_counts(plain, toward, span)
-    return [
-        [tables[0][i][e] / tokens[0] - tables[1][i][e] / tokens[1] for e in range(EXPERTS)] for i in range(len(LAYERS))
-    ]
+def tokens(found):
+    return found.of_GS[0].tolist()
+
+
+def forced_table(difference, **options):
+    return forced_signs(difference[None], **options)[0]
 
 
 # ---------------------------------------------------------------- counting
@@ -104,18 +63,16 @@ def loop_difference(plain, toward, span):
 def test_counts_and_differences_equal_the_double_loop(traced, toward, span):
     trace, plain = traced
     found = count(trace, toward=toward, span=span)
-    tables, tokens = loop_counts(plain, toward, span)
-    assert found.wanted_LE.tolist() == tables[0] and found.other_LE.tolist() == tables[1]
-    assert [found.wanted_tokens, found.other_tokens] == tokens
-    np.testing.assert_allclose(found.difference_LE, loop_difference(plain, toward, span), rtol=1e-12)
+    tables, counted = loop_counts(plain, toward, span)
+    assert found.table_GSLE[0].tolist() == tables and tokens(found) == counted
+    np.testing.assert_allclose(found.score_LE(), loop_difference(plain, toward, span), rtol=1e-12)
 
 
 def test_every_counted_token_selects_k_experts_in_every_layer(traced):
     found = count(traced[0], toward="refuse", span="response")
-    assert (found.wanted_LE.sum(axis=1) == found.wanted_tokens * TOP_K).all()
-    assert (found.other_LE.sum(axis=1) == found.other_tokens * TOP_K).all()
-    np.testing.assert_allclose(found.difference_LE.sum(axis=1), 0, atol=1e-12)
-    assert found.wanted_tokens == 2 + 1 + 6 and found.other_tokens == 4 + 2 + 1  # "deflect" is other, None is out
+    assert (found.table_GSLE[0].sum(axis=-1) == found.of_GS[0][:, None] * TOP_K).all()
+    np.testing.assert_allclose(found.score_LE().sum(axis=1), 0, atol=1e-12)
+    assert tokens(found) == [2 + 1 + 6, 4 + 2 + 1]  # "deflect" is other, None is out
 
 
 def test_swapping_the_labels_flips_every_sign(tmp_path):
@@ -123,9 +80,9 @@ def test_swapping_the_labels_flips_every_sign(tmp_path):
     labels = ("refuse", "comply", "comply", None, "refuse", "comply", "refuse")
     one, _ = write_trace(tmp_path / "one", labels=labels, seed=3)
     other_rows = [replace(r, label=swapped.get(r.label)) for r in one.rows]
-    before = count(one, toward="refuse", span="response").difference_LE
+    before = count(one, toward="refuse", span="response").score_LE()
     one.rows = tuple(other_rows)
-    after = count(one, toward="refuse", span="response").difference_LE
+    after = count(one, toward="refuse", span="response").score_LE()
     assert before.any() and (after == -before).all()
 
 
@@ -136,7 +93,7 @@ def test_the_order_of_tokens_and_sequences_does_not_matter(tmp_path):
     before = count(trace, toward="refuse", span="prompt")
     trace.rows = trace.rows[::-1]
     after = count(trace, toward="refuse", span="prompt")
-    assert (before.wanted_LE == after.wanted_LE).all() and (before.other_LE == after.other_LE).all()
+    assert (before.table_GSLE == after.table_GSLE).all()
 
 
 def test_ids_above_255_are_counted_where_they_belong(tmp_path):
@@ -149,7 +106,7 @@ def test_ids_above_255_are_counted_where_they_belong(tmp_path):
     chosen = np.array([[[299, 0], [256, 1]], [[299, 1], [255, 1]]], dtype=np.uint16)
     writer.write_shard(rows, selected=chosen, token_ids=np.zeros(2, np.int32), logits=None)
     writer.finish()
-    difference = count(TraceReader(tmp_path / "t"), toward="yes", span="response").difference_LE
+    difference = count(TraceReader(tmp_path / "t"), toward="yes", span="response").score_LE()
     expected = np.zeros((2, 300))
     expected[0, 0], expected[0, 1], expected[1, 256], expected[1, 255] = 1, -1, 1, -1
     assert difference.tolist() == expected.tolist()
@@ -174,41 +131,24 @@ def test_a_span_that_was_not_captured_is_refused(traced):
         assert "prompt, response" in caught.value.what and "--span final_user" in caught.value.expected
 
 
-def test_a_sequence_without_the_span_is_not_counted(tmp_path):
-    trace, plain = write_trace(tmp_path / "t")
-    first = replace(trace.rows[0], span_names=("prompt", "other"))
-    trace.rows = (first, *trace.rows[1:])
-    plain[0] = (None, {})
-    try:
-        found = count(trace, toward="refuse", span="response")
-    except TraceLabelError:
-        return  # refusing it is as good
-    tables, tokens = loop_counts(plain, "refuse", "response")
-    assert [found.wanted_tokens, found.other_tokens] == tokens and found.wanted_LE.tolist() == tables[0]
+def test_a_sequence_without_the_span_is_refused(tmp_path):
+    trace, _ = write_trace(tmp_path / "t")
+    trace.rows = (replace(trace.rows[0], span_names=("prompt", "other")), *trace.rows[1:])
+    with pytest.raises(TraceLabelError, match="a sequence lacks the span 'response'") as caught:
+        count(trace, toward="refuse", span="response")
+    assert caught.value.where.endswith("sequence c0")
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("form", ["forced", "additive"])
 def test_a_side_without_tokens_is_refused(form, tmp_path):
     lengths = [(3, 0 if label == "refuse" else 2) for label in LABELS]
     trace, _ = write_trace(tmp_path / "t", lengths=lengths)
-    with pytest.raises(MoesteerError):
+    with pytest.raises(TraceLabelError, match="no token in the span 'response'") as caught:
         detect(trace, toward="refuse", span="response", form=form)
+    assert "0 tokens labelled 'refuse', 6 others" in caught.value.where
 
 
 # ---------------------------------------------------------------- the forced table
-
-
-def loop_forced(difference, on, off, top_k):
-    """The largest first, each in a layer that still has room; ties to the lower layer and expert."""
-    force = [[0] * len(difference[0]) for _ in difference]
-    cells = [(d, i, e) for i, row in enumerate(difference) for e, d in enumerate(row)]
-    for sign, wanted, cap in ((1, on, top_k), (-1, off, len(difference[0]) - top_k)):
-        for d, i, e in sorted(cells, key=lambda c: (-sign * c[0], c[1], c[2])):
-            if wanted and sign * d > 0 and force[i].count(sign) < cap:
-                force[i][e] = sign
-                wanted -= 1
-    return force
 
 
 @PROPERTY
@@ -219,9 +159,10 @@ def test_the_forced_table_equals_the_loop_and_keeps_its_caps(data):
     difference = data.draw(st.lists(cells, min_size=layers, max_size=layers))
     top_k = data.draw(st.integers(1, experts))
     on, off = data.draw(st.integers(0, 20)), data.draw(st.integers(0, 20))
-    found = forced_table(np.array(difference), on=on, off=off, top_k=top_k)
+    per_layer = data.draw(st.none() | st.integers(1, 7))
+    found = forced_table(np.array(difference), on=on, off=off, top_k=top_k, per_layer=per_layer)
     assert found.dtype == np.int8
-    assert found.tolist() == loop_forced(difference, on, off, top_k)
+    assert found.tolist() == loop_forced(difference, on, off, top_k, per_layer or 99)
     assert ((found > 0).sum(axis=1) <= top_k).all() and ((found < 0).sum(axis=1) <= experts - top_k).all()
     assert (found > 0).sum() <= on and (found < 0).sum() <= off
     assert (found * np.array(difference) >= 0).all() and not found[np.array(difference) == 0].any()
@@ -231,6 +172,30 @@ def test_a_full_layer_passes_its_turn_to_the_next():
     difference = np.array([[0.9, 0.8, 0.7, -0.9], [0.3, 0.2, -0.1, -0.2]])
     assert forced_table(difference, on=3, off=0, top_k=2).tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]
     assert forced_table(difference, on=0, off=2, top_k=3).tolist() == [[0, 0, 0, -1], [0, 0, 0, -1]]
+
+
+def loop_additive(scores, experts, per_layer):
+    signs = [[0] * len(scores[0]) for _ in scores]
+    cells = [(abs(x), i, e) for i, row in enumerate(scores) for e, x in enumerate(row) if x]
+    for _, i, e in sorted(cells, key=lambda c: (-c[0], c[1], c[2])):
+        if experts and sum(map(bool, signs[i])) < per_layer:
+            signs[i][e] = 1 if scores[i][e] > 0 else -1
+            experts -= 1
+    return signs
+
+
+@PROPERTY
+@given(st.data())
+def test_many_tables_are_chosen_from_as_each_alone(data):
+    """What stability does for all resamples at once."""
+    shape = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 5)))
+    scores = np.random.default_rng(data.draw(st.integers(0, 99))).integers(-3, 4, size=shape) / 4
+    per_layer, experts = data.draw(st.none() | st.integers(1, 6)), data.draw(st.integers(0, 12))
+    options = {"on": experts, "off": 3, "top_k": min(2, shape[2]), "per_layer": per_layer}
+    together = forced_signs(scores, **options)
+    assert [table.tolist() for table in together] == [forced_table(table, **options).tolist() for table in scores]
+    additive = additive_signs(scores, experts=experts, per_layer=per_layer)
+    assert additive.tolist() == [loop_additive(table.tolist(), experts, per_layer or 99) for table in scores]
 
 
 # ---------------------------------------------------------------- masks
@@ -244,10 +209,14 @@ def test_a_forced_mask_holds_the_loops_table_and_its_provenance(traced, on, off)
     expected = loop_forced(loop_difference(plain, "refuse", "response"), on, off, TOP_K)
     assert found.mask.force_LE.tolist() == expected
     np.testing.assert_allclose(found.scores_LE, loop_difference(plain, "refuse", "response"), rtol=1e-6)
-    assert found.facts == {"wanted_tokens": 9, "other_tokens": 7}
+    assert found.facts == {
+        "wanted_tokens": 9, "other_tokens": 7, "wanted_conversations": 3, "other_conversations": 3, "groups": 6,
+        "asked": {"on": on, "off": off}, "chosen": {"on": sum(row.count(1) for row in expected),
+                                                    "off": sum(row.count(-1) for row in expected)},
+    }  # fmt: skip
     info = found.mask.info
     assert (info.method, info.intent.toward, info.data_sha256) == ("risk-difference", "refuse", "cd" * 32)
-    assert info.settings == {"span": "response", "form": "forced", "on": on, "off": off}
+    assert info.settings == {**DEFAULTS, "form": "forced", "on": on, "off": off}
     assert info.fingerprint == FINGERPRINT and SteeringMask.from_bytes(found.mask.to_bytes(), where="x")
 
 
@@ -255,7 +224,8 @@ def test_a_forced_mask_holds_the_loops_table_and_its_provenance(traced, on, off)
 @pytest.mark.parametrize("experts", [1, 4, 18, 500])
 def test_an_additive_mask_holds_the_largest_differences_over_the_largest(traced, experts, span, sign):
     trace, plain = traced
-    mask = detect(trace, toward="refuse", span=span, form="additive", experts=experts).mask
+    found = detect(trace, toward="refuse", span=span, form="additive", experts=experts)
+    mask = found.mask
     cells = [d for row in loop_difference(plain, "refuse", span) for d in row]
     assert max(cells, key=abs) * sign > 0  # the largest is of either sign
     kept = sorted(range(len(cells)), key=lambda i: (-abs(cells[i]), i))[:experts]
@@ -265,7 +235,9 @@ def test_an_additive_mask_holds_the_largest_differences_over_the_largest(traced,
     np.testing.assert_allclose(mask.strength_LE.ravel(), expected, rtol=1e-7)
     assert np.abs(mask.strength_LE).max() == 1.0
     assert (mask.sigma_L == trace.sigma_L).all() and (mask.sigma_L > 0).all()
-    assert mask.info.settings == {"span": span, "form": "additive", "experts": experts}
+    assert mask.info.settings == {**DEFAULTS, "span": span, "form": "additive", "experts": experts}
+    assert found.facts["asked"] == {"experts": experts}
+    assert found.facts["chosen"] == {"experts": int(np.count_nonzero(expected))}
 
 
 def test_a_forced_mask_needs_selections_only_and_an_additive_one_logits(tmp_path):
@@ -278,14 +250,6 @@ def test_a_forced_mask_needs_selections_only_and_an_additive_one_logits(tmp_path
         assert "--level logits" in caught.value.expected
 
 
-@pytest.mark.parametrize("name", ["on", "off", "experts"])
-@pytest.mark.parametrize("form", ["forced", "additive"])
-def test_a_negative_number_of_experts_is_refused(traced, name, form):
-    with pytest.raises(InputError, match="a number of experts is negative") as caught:
-        detect(traced[0], toward="refuse", form=form, **{name: -1})
-    assert f"{name}=-1" in caught.value.where
-
-
 @pytest.mark.parametrize("options", [{"on": 0, "off": 0}, {"form": "additive", "experts": 0}])
 def test_no_experts_is_no_mask(traced, options):
     with pytest.raises(NoEffectError, match="found no expert"):
@@ -296,7 +260,8 @@ def test_no_experts_is_no_mask(traced, options):
 def test_two_sides_that_select_alike_give_no_mask(options, tmp_path, monkeypatch):
     trace, _ = write_trace(tmp_path / "t")
     same = np.arange(18).reshape(3, 6)
-    monkeypatch.setattr(risk_difference, "count", lambda *a, **k: Counts(same, same, 9, 9))
+    alike = Counts(np.stack([same, same])[None], np.array([[18, 18]]))
+    monkeypatch.setattr(risk_difference, "count", lambda *a, **k: alike)
     with pytest.raises(NoEffectError, match="found no expert that tells the two sides apart"):
         detect(trace, toward="refuse", **options)
 

@@ -1,80 +1,80 @@
 """Risk difference (SteerMoE, arXiv:2509.09660, section 3): experts selected more often on one side of a contrast.
 
 For expert e of layer l, p1 = A1 / N1 and p2 = A2 / N2 are the shares of counted tokens with e in the top-k on
-the wanted and on the other side; D = p1 - p2. Counts are integers over all tokens of the span, weighted by
-token as published. Forced masks switch the experts of largest |D| on (D > 0) or off (D < 0), at most k on and
-E - k off in a layer. Deviation: additive masks, which the paper does not have, give each of the n experts of
-largest |D| the strength D / max |D|, in units of sigma.
+the wanted and on the other side; D = p1 - p2. Forced masks switch the experts of largest D > 0 on and those of
+most negative D off, at most k on and E - k off in a layer. The paper also reports the log odds ratio and a paired
+t-test of router probabilities: `score` "log-odds" and "paired-t".
+
+By default tokens are counted as published. Ours, and off by default: additive masks (strength = score / largest
+chosen |score|, in units of sigma), conversations weighted alike, balanced sides, a cap per layer, false-discovery
+control over the L x E experts and stability selection over resampled groups (after the idea of SAFEx,
+arXiv:2506.17368). The last two take a conversation's group for what is independent, not its tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from numbers import Integral, Real
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesteer.detection.base import (
-    Detection,
-    additive_mask,
-    forced_mask,
-    require_logits,
-    require_span,
-    require_unsteered,
-    two_sides,
-)
-from moesteer.errors import InputError, TraceLabelError
+from moesteer.detection.base import Detection, additive_mask, forced_mask, require_logits
+from moesteer.detection.choosing import additive_signs, forced_signs
+from moesteer.detection.counts import Counts, count
+from moesteer.detection.method import Method
+from moesteer.detection.paired import Pairs, pair_differences
+from moesteer.detection.sides import Sides, sides_of
+from moesteer.detection.significance import frequencies, group_test
+from moesteer.errors import InputError, NoEffectError
 from moesteer.trace import TraceReader
+
+CHOICES = {
+    "score": ("risk-difference", "log-odds", "paired-t"),
+    "weight": ("token", "conversation"),
+    "form": ("forced", "additive"),
+}
+F64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Counts:
-    """How often each expert was selected [L, E], of how many tokens, on the wanted and on the other side."""
+class Settings:
+    """The settings of `detect`, which explains them."""
 
-    wanted_LE: NDArray[np.int64]
-    other_LE: NDArray[np.int64]
-    wanted_tokens: int
-    other_tokens: int
+    span: str
+    score: Literal["risk-difference", "log-odds", "paired-t"]
+    weight: Literal["token", "conversation"]
+    balance: bool
+    form: Literal["forced", "additive"]
+    on: int
+    off: int
+    experts: int
+    per_layer: int | None
+    reverse: bool
+    fdr: float | None
+    stability: float | None
+    bootstraps: int
+    seed: int
 
-    @property
-    def difference_LE(self) -> NDArray[np.float64]:
-        """D = A1 / N1 - A2 / N2, in [-1, 1]."""
-        return self.wanted_LE / self.wanted_tokens - self.other_LE / self.other_tokens
+    def used(self) -> dict[str, Any]:
+        """Those that had a part in the mask: numbers of the other form, and of no bootstrap, had none."""
+        idle = {"experts"} if self.form == "forced" else {"on", "off"}
+        if self.stability is None:
+            idle |= {"bootstraps", "seed"}
+        return {name: value for name, value in asdict(self).items() if name not in idle}
 
+    def asked(self) -> dict[str, int]:
+        """How many experts are to be chosen, by role."""
+        return {"on": self.on, "off": self.off} if self.form == "forced" else {"experts": self.experts}
 
-def count(trace: TraceReader, *, toward: str, span: str) -> Counts:
-    """Stream a trace once and count selections. Raises TraceLabelError for a missing span or an empty side."""
-    require_unsteered(trace)
-    require_span(trace, span)
-    wanted, _ = two_sides(trace.rows, toward=toward, where=str(trace.folder))
-    layers, experts = len(trace.fingerprint.layer_ids), trace.fingerprint.experts
-    tables = np.zeros((2, layers, experts), dtype=np.int64)
-    tokens = [0, 0]
-    offsets = np.arange(layers, dtype=np.int64)[None, :, None] * experts
-    for row, arrays in trace.sequences():
-        if row.label is None:
-            continue
-        side = 0 if row.id in wanted else 1
-        part = row.span(span)
-        if part is None:
-            raise TraceLabelError(
-                f"a sequence lacks the span {span!r}",
-                where=f"{trace.folder}, sequence {row.id}",
-                expected=f"{span} tokens in every labelled sequence",
-                do="capture the conversations again with that span",
-            )
-        selected = arrays["selected"][part].astype(np.int64)
-        tables[side] += np.bincount((selected + offsets).ravel(), minlength=layers * experts).reshape(layers, experts)
-        tokens[side] += len(selected)
-    if not all(tokens):
-        raise TraceLabelError(
-            f"one side of the contrast has no token in the span {span!r}",
-            where=f"{trace.folder}: {tokens[0]} tokens labelled {toward!r}, {tokens[1]} others",
-            expected="tokens on both sides",
-            do="give conversations whose span is not empty",
-        )
-    return Counts(tables[0], tables[1], tokens[0], tokens[1])
+    def signs(self, score_BLE: F64, top_k: int) -> NDArray[np.int8]:
+        """The experts that scores choose, 1 for (switched) on and -1 for off, in B tables at once."""
+        if self.form == "forced":
+            return forced_signs(score_BLE, on=self.on, off=self.off, top_k=top_k, per_layer=self.per_layer)
+        return additive_signs(score_BLE, experts=self.experts, per_layer=self.per_layer)
 
 
 def detect(
@@ -82,61 +82,184 @@ def detect(
     *,
     toward: str,
     span: str = "response",
+    score: Literal["risk-difference", "log-odds", "paired-t"] = "risk-difference",
+    weight: Literal["token", "conversation"] = "token",
+    balance: bool = False,
     form: Literal["forced", "additive"] = "forced",
     on: int = 5,
     off: int = 0,
     experts: int = 20,
+    per_layer: int | None = None,
+    reverse: bool = False,
+    fdr: float | None = None,
+    stability: float | None = None,
+    bootstraps: int = 100,
+    seed: int = 0,
 ) -> Detection:
-    """A mask from the risk difference of a trace.
+    """A mask from the experts whose selection differs between the two sides of a trace.
 
-    toward: the label of the wanted side. form "forced": `on` experts activated and `off` deactivated, as
-    published; "additive": the `experts` of largest |D| with strengths D / max |D| in sigma units.
+    toward: the label of the wanted side. span: a kept span, "question" (final_user) or "all" (every kept token).
+    score, weight, balance: see counts.py, paired.py and sides.py. form "forced": `on` experts switched on and `off`
+    switched off, as published; "additive": the `experts` of largest |score|, strengths in sigma units. per_layer: at
+    most so many on and so many off (additive: so many) in a layer. reverse: away from `toward`; scores change their
+    sign, so that `on` counts experts of the other side. fdr: keep only experts that pass Benjamini-Hochberg at
+    this rate, in the direction of their score. stability: keep only experts chosen in the same role in this share
+    of `bootstraps` resamples of the groups, drawn with `seed`. scores_LE: in the mask's direction.
+    Raises InputError, TraceLabelError and NoEffectError (no expert is left).
     """
-    if min(on, off, experts) < 0:
-        raise InputError(
-            "a number of experts is negative",
-            where=f"risk-difference with on={on}, off={off}, experts={experts}",
-            expected="zero or more of each",
-            do="give how many experts to switch on and off",
+    settings = _checked(
+        Settings(
+            span, score, weight, balance, form, on, off, experts, per_layer, reverse, fdr, stability, bootstraps, seed
         )
-    counts = count(trace, toward=toward, span=span)
-    difference = counts.difference_LE
-    facts = {"wanted_tokens": counts.wanted_tokens, "other_tokens": counts.other_tokens}
-    if form == "forced":
-        force = forced_table(difference, on=on, off=off, top_k=trace.fingerprint.top_k)
-        settings = {"span": span, "form": form, "on": on, "off": off}
-        mask = forced_mask(trace, force, method="risk-difference", toward=toward, settings=settings)
-        return Detection(mask, difference.astype(np.float32), facts)
-    require_logits(trace)
-    peak = np.abs(difference).max()
-    strength = _largest(difference, experts) / (peak if peak > 0 else 1.0)
-    settings = {"span": span, "form": form, "experts": experts}
-    mask = additive_mask(
-        trace, strength.astype(np.float32), trace.sigma_L, method="risk-difference", toward=toward, settings=settings
     )
-    return Detection(mask, difference.astype(np.float32), facts)
+    if form == "additive":
+        require_logits(trace)
+    sides = sides_of(trace, toward=toward, span=span, balance=balance, paired=score == "paired-t")
+    evidence = _evidence(trace, sides, settings)
+    score_LE = evidence.score_LE() * (-1.0 if reverse else 1.0)
+    facts = _facts(sides, settings)
+    kept_LE, found = _eligible(evidence, score_LE, settings, trace)
+    facts |= found
+    signs_LE = settings.signs(np.where(kept_LE, score_LE, 0.0)[None], trace.fingerprint.top_k)[0]
+    facts["chosen"] = _chosen(signs_LE, settings)
+    toward = _away(trace, toward) if reverse else toward
+    given: dict[str, Any] = {"method": settings.score, "toward": toward, "settings": settings.used()}
+    scores = score_LE.astype(np.float32)
+    if form == "forced":
+        return Detection(forced_mask(trace, signs_LE, **given), scores, facts)
+    chosen_LE = np.where(signs_LE != 0, score_LE, 0.0)
+    peak = np.abs(chosen_LE).max()
+    strength = (chosen_LE / (peak if peak > 0 else 1.0)).astype(np.float32)
+    return Detection(additive_mask(trace, strength, trace.sigma_L, **given), scores, facts)
 
 
-def forced_table(difference_LE: NDArray[np.float64], *, on: int, off: int, top_k: int) -> NDArray[np.int8]:
-    """Force [L, E]: the `on` largest positive D on, the `off` most negative off, within what a layer can take."""
-    layers, experts = difference_LE.shape
-    force = np.zeros((layers, experts), dtype=np.int8)
-    for sign, wanted, cap in ((1, on, top_k), (-1, off, experts - top_k)):
-        taken = np.zeros(layers, dtype=np.int64)
-        left = wanted
-        for flat in np.argsort(-sign * difference_LE.ravel(), kind="stable"):
-            layer, expert = divmod(int(flat), experts)
-            if left == 0 or sign * difference_LE[layer, expert] <= 0:
-                break
-            if taken[layer] < cap:
-                force[layer, expert] = sign
-                taken[layer] += 1
-                left -= 1
-    return force
+def _evidence(trace: TraceReader, sides: Sides, settings: Settings) -> Counts | Pairs:
+    by_group = settings.fdr is not None or settings.stability is not None
+    if settings.score == "paired-t":
+        return pair_differences(trace, sides, weight=settings.weight, by_group=by_group)
+    return count(trace, sides, weight=settings.weight, by_group=by_group, score=settings.score)
 
 
-def _largest(values_LE: NDArray[np.float64], count: int) -> NDArray[np.float64]:
-    order = np.argsort(-np.abs(values_LE).ravel(), kind="stable")[:count]
-    kept = np.zeros(values_LE.size)
-    kept[order] = values_LE.ravel()[order]
-    return kept.reshape(values_LE.shape)
+def _eligible(
+    evidence: Counts | Pairs, score_LE: F64, settings: Settings, trace: TraceReader
+) -> tuple[NDArray[np.bool_], dict[str, Any]]:
+    """Experts that may be chosen, and facts. Raises NoEffectError when fdr or stability leaves none."""
+    direction = -1.0 if settings.reverse else 1.0
+    top_k, where = trace.fingerprint.top_k, str(trace.folder)
+    kept_LE = np.ones(score_LE.shape, dtype=bool)
+    facts: dict[str, Any] = {}
+    if settings.fdr is not None:
+        tested = group_test(evidence, layers=len(score_LE), where=where)
+        kept_LE = tested.passing_LE(settings.fdr) & (np.sign(tested.effect_LE) == np.sign(score_LE) * direction)
+        facts["fdr"] = {
+            "test": tested.test, "groups": tested.groups_used, "tests": tested.p_LE.size,
+            "passing": int(kept_LE.sum()), "smallest_p": float(tested.p_LE.min()),
+            "smallest_p_possible": tested.smallest_possible,
+        }  # fmt: skip
+        if not kept_LE.any():
+            raise _none_left(f"that passes fdr={settings.fdr:g}", facts["fdr"], "give conversations of more groups")
+    if settings.stability is not None:
+        on_LE, off_LE = frequencies(
+            evidence, lambda score_BLE: settings.signs(score_BLE * direction, top_k),
+            bootstraps=settings.bootstraps, seed=settings.seed, where=where,
+        )  # fmt: skip
+        frequency_LE = np.where(score_LE > 0, on_LE, off_LE)
+        before_LE = settings.signs(np.where(kept_LE, score_LE, 0.0)[None], top_k)[0] != 0
+        kept_LE = kept_LE & (frequency_LE >= settings.stability - 1e-9)
+        chosen_LE = settings.signs(np.where(kept_LE, score_LE, 0.0)[None], top_k)[0] != 0
+        facts["stability"] = {
+            "bootstraps": settings.bootstraps, "groups": int(evidence.has_GS.any(axis=1).sum()),
+            "dropped": int((before_LE & ~kept_LE).sum()),
+        }  # fmt: skip
+        if not chosen_LE.any():
+            facts["stability"]["largest_frequency"] = float(frequency_LE.max())
+            raise _none_left(f"of stability {settings.stability:g}", facts["stability"], "ask for fewer experts")
+        facts["stability"] |= {
+            "smallest_frequency": float(frequency_LE[chosen_LE].min()),
+            "median_frequency": float(np.median(frequency_LE[chosen_LE])),
+        }
+    return kept_LE, facts
+
+
+def _none_left(what: str, facts: dict[str, Any], do: str) -> NoEffectError:
+    return NoEffectError(
+        f"no expert was found {what}",
+        where=", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+                        for name, value in facts.items()),
+        expected="at least one",
+        do=f"{do}, or loosen the setting",
+    )  # fmt: skip
+
+
+def _facts(sides: Sides, settings: Settings) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "wanted_tokens": sides.tokens_S[0], "other_tokens": sides.tokens_S[1],
+        "wanted_conversations": sides.conversations_S[0], "other_conversations": sides.conversations_S[1],
+        "groups": len({part.group for part in sides.parts.values()}), "asked": settings.asked(),
+    }  # fmt: skip
+    if sides.paired_by is not None:
+        facts |= {"pairs": len(sides.pair_groups), "paired_by": sides.paired_by, "left_out": sides.left_out}
+    return facts
+
+
+def _chosen(signs_LE: NDArray[np.int8], settings: Settings) -> dict[str, int]:
+    on, off = int((signs_LE > 0).sum()), int((signs_LE < 0).sum())
+    return {"on": on, "off": off} if settings.form == "forced" else {"experts": on + off}
+
+
+def _away(trace: TraceReader, toward: str) -> str:
+    """What a reversed mask steers toward: the other label where there is one, else "not LABEL"."""
+    others = {row.label for row in trace.rows if row.label is not None} - {toward}
+    return others.pop() if len(others) == 1 else f"not {toward}"
+
+
+def _checked(settings: Settings) -> Settings:
+    """The settings as plain numbers. Raises InputError for one that is out of its range."""
+    for name, known in CHOICES.items():
+        if getattr(settings, name) not in known:
+            raise _wrong(name, getattr(settings, name), " or ".join(known))
+    for name in ("balance", "reverse"):
+        if not isinstance(getattr(settings, name), bool):
+            raise _wrong(name, getattr(settings, name), "true or false")
+    plain: dict[str, Any] = {}
+    for name, least in (("on", 0), ("off", 0), ("experts", 0), ("per_layer", 1), ("bootstraps", 1), ("seed", 0)):
+        value = getattr(settings, name)
+        if value is None and name == "per_layer":
+            continue
+        if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
+            raise _wrong(name, value, f"a whole number, {least} or more")
+        plain[name] = int(value)
+    for name, closed in (("fdr", False), ("stability", True)):
+        value = getattr(settings, name)
+        if value is None:
+            continue
+        fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        if not fits or not (0 < value < 1 or (closed and value == 1)):
+            raise _wrong(name, value, "a number above 0 and " + ("at most 1" if closed else "below 1"))
+        plain[name] = float(value)
+    return replace(settings, **plain)
+
+
+def _wrong(name: str, value: Any, expected: str) -> InputError:
+    return InputError(
+        f"the setting {name} is out of its range",
+        where=f"risk-difference with {name}={value!r}",
+        expected=expected,
+        do=f"correct {name}",
+    )
+
+
+def _method(score: str, title: str, forced: Sequence[tuple[int, int]]) -> Method:
+    """One of the paper's scores; forced: pairs (on, off) tried on select, after the numbers it publishes."""
+    variants = [{"on": on, "off": off} for on, off in forced] + [{"form": "additive", "experts": 24}]
+    return Method(
+        name=score, title=title, detect=detect, preset={"score": score}, variants=variants, alphas=(0.5, 1.0, 2.0),
+        gated=score == "risk-difference", gated_alphas=(1.0, 2.0, 4.0),
+    )  # fmt: skip
+
+
+METHODS = (
+    _method("risk-difference", "SteerMoE's risk difference, forced and additive", ((5, 0), (10, 0), (0, 15), (5, 15))),
+    _method("log-odds", "SteerMoE's log odds ratio", ((5, 0), (0, 15))),
+    _method("paired-t", "SteerMoE's paired t-test of router probabilities", ((5, 0), (0, 15))),
+)
