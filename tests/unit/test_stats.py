@@ -1,7 +1,8 @@
-"""evaluate/stats.py against published intervals, hand-computed binomials, laws and simulation; and metrics.py."""
+"""evaluate/stats.py against published intervals, binomials by hand, enumeration, laws, simulation; and metrics.py."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from moesteer.errors import UnknownNameError
 from moesteer.evaluate.metrics import METRICS, metric, outcome, wanted
-from moesteer.evaluate.stats import Rate, mcnemar, paired_difference, rate
+from moesteer.evaluate.stats import Rate, mcnemar, paired_difference, rate, wilson
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 Z = 1.959963984540054
@@ -50,6 +51,19 @@ def test_wilson_interval_equals_its_formula_for_every_count(n):
         assert found.value == p
         assert found.low == pytest.approx(max(0.0, centre - half), rel=1e-9, abs=1e-12)
         assert found.high == pytest.approx(min(1.0, centre + half), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 9, 40])
+def test_wilson_of_a_share_is_the_interval_of_the_rate(n):
+    for x in range(n + 1):
+        found = rate(of(x, n))
+        assert wilson(x / n, n) == pytest.approx((found.low, found.high), rel=1e-9, abs=1e-12)
+    assert wilson(0.0, n)[0] == 0.0 and wilson(1.0, n)[1] == 1.0
+
+
+def test_wilson_of_fewer_effective_items_is_wider():
+    (low, high), (lower, higher) = wilson(0.9, 100), wilson(0.9, 24.5)
+    assert lower < low < 0.9 < high < higher
 
 
 @PROPERTY
@@ -120,6 +134,24 @@ def test_mcnemar_leaves_out_pairs_that_one_side_did_not_score():
     before, after = pairs_of(6, 0)
     noise = [(None, True), (None, False), (True, None), (False, None), (None, None)] * 3
     assert mcnemar([*before, *(b for b, _ in noise)], [*after, *(a for _, a in noise)]) == 0.03125
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_mcnemar_equals_enumeration_of_every_way_to_swap_sides(n):
+    # without an effect the two sides of every pair are exchangeable: count the swaps that differ as much or more
+    for before in itertools.product((False, True), repeat=n):
+        for after in itertools.product((False, True), repeat=n):
+            net = [a - b for b, a in zip(before, after, strict=True)]
+            swaps = [
+                sum(s * d for s, d in zip(signs, net, strict=True)) for signs in itertools.product((1, -1), repeat=n)
+            ]
+            expected = sum(abs(total) >= abs(sum(net)) for total in swaps) / 2**n
+            assert mcnemar(before, after) == pytest.approx(expected, abs=1e-12)
+
+
+def test_mcnemar_takes_booleans_of_numpy_for_what_they_are():
+    before, after = pairs_of(6, 0, both=3)
+    assert mcnemar(list(np.array(before)), list(np.array(after))) == 0.03125
 
 
 @pytest.mark.parametrize("call", [mcnemar, lambda b, a: paired_difference(b, a, groups=["g"] * len(b), seed=0)])
