@@ -29,6 +29,7 @@ _WHERE = {
     "TraceReader": "moesteer.trace",
     "detect": "moesteer.detecting",
     "SteeringMask": "moesteer.mask",
+    "import_mask": "moesteer.importing",
     "steer": "moesteer.pipeline",
     "MoesteerError": "moesteer.errors",
 }
@@ -42,6 +43,7 @@ __all__ = [
     "adopt",
     "capture",
     "detect",
+    "import_mask",
     "load",
     "read",
     "steer",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from moesteer.conversations import Conversation, Message, read, write
     from moesteer.detecting import detect
     from moesteer.errors import MoesteerError
+    from moesteer.importing import import_mask
     from moesteer.mask import SteeringMask
     from moesteer.pipeline import steer
     from moesteer.trace import TraceReader

@@ -23,7 +23,7 @@ from moesteer.models.routers import Router
 from moesteer.progress import Progress
 from moesteer.trace import Manifest, TraceReader, TraceRow, TraceWriter, selected_dtype
 
-SPANS = ("prompt", "final_user", "response")
+SPANS = ("prompt", "final_user", "final_turn", "response")
 BATCH_POSITIONS = 8_192
 SHARD_TOKENS = 32_768
 
@@ -67,7 +67,7 @@ def capture(
     conversations: Sequence[Conversation],
     *,
     out: Path | str,
-    spans: Sequence[Literal["prompt", "final_user", "response"]] = ("final_user",),
+    spans: Sequence[Literal["prompt", "final_user", "final_turn", "response"]] = ("final_user",),
     level: Literal["logits", "selected"] = "logits",
     batch_positions: int = BATCH_POSITIONS,
     shard_tokens: int = SHARD_TOKENS,

@@ -4,6 +4,8 @@
   that response and once with a wanted one put in its place; both teacher-forced, labelled, equal in number.
 - **published** (masc-published): target conversations that ended in the unwanted behaviour, against
   conversations of the `published` suite that ended well.
+- **matched** (masc): conversations of the target suite without a response, labelled by how they ended; and protected
+  conversations that went well, labelled "keep".
 - **targets** and **keeps** (direct): target conversations that ended in the unwanted behaviour, with a wanted
   response; protected conversations, and target conversations that ended well, with the model's own response.
 """
@@ -19,6 +21,8 @@ from moesteer.conversations import Conversation, Message
 from moesteer.errors import EmptyDataError
 from moesteer.scenario import Scenario
 
+KEEP = "keep"
+"""Label of protected conversations, which no scenario may use for a behaviour."""
 FEWEST = 8
 """Fewer unwanted (or wanted) conversations than this are no contrast."""
 
@@ -29,12 +33,13 @@ class Contrasts:
 
     pairs: list[Conversation]
     published: list[Conversation]
+    matched: list[Conversation]
     targets: list[Conversation]
     keeps: list[Conversation]
 
     def counts(self) -> dict[str, int]:
         """Number of conversations of each kind."""
-        return {name: len(getattr(self, name)) for name in ("pairs", "published", "targets", "keeps")}
+        return {name: len(getattr(self, name)) for name in ("pairs", "published", "matched", "targets", "keeps")}
 
 
 def make(scenario: Scenario, fit_rows: Sequence[Mapping[str, Any]], *, seed: int) -> Contrasts:
@@ -85,7 +90,13 @@ def make(scenario: Scenario, fit_rows: Sequence[Mapping[str, Any]], *, seed: int
         for row in fit_rows
         if row["suite"] == suite.name and row["verdict"] not in ("broken", "unscored")
     ]
-    return Contrasts(pairs, published, targets, keeps + held)
+    matched = [_conversation(row, row["id"], scenario.contrast.away, None) for row in bad]
+    matched += [_conversation(row, row["id"], scenario.toward, None) for row in good]
+    kept = {suite.name for suite in scenario.protected}
+    matched += [
+        _conversation(row, row["id"], KEEP, None) for row in fit_rows if row["suite"] in kept and row["success"] is True
+    ]
+    return Contrasts(pairs, published, matched, targets, keeps + held)
 
 
 def _by_outcome(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:

@@ -26,9 +26,11 @@ MIB = 1024 * 1024
 LIMITS_BYTES = {
     "mask": 16 * MIB,
     "mask-header": 1 * MIB,
+    "direction": 1 * MIB,
     "conversations": 1024 * MIB,
     "conversation-line": 16 * MIB,
     "scenario": 1 * MIB,
+    "table": 16 * MIB,
     "json": 64 * MIB,
     "shard": 2048 * MIB,
     "journal": 1024 * MIB,

@@ -1,8 +1,8 @@
 """SteeringMask: what to add to which expert of which layer, or to force on or off, and where that came from.
 
 One safetensors file (docs/mask-format.md): either `strength` [L, E] float32 in units of sigma with `sigma` [L]
-float32, or `force` [L, E] int8; and one JSON metadata entry, "moesteer", with a sha256 over all of it.
-Numpy only: reading a mask needs no torch and no model.
+float32, or `force` [L, E] int8; a gated mask has `gate` [L, E] float32 too; and one JSON metadata entry,
+"moesteer", with a sha256 over all of it. Numpy only: reading a mask needs no torch and no model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
@@ -25,13 +25,15 @@ from safetensors.numpy import save as save_tensors
 from moesteer import files
 from moesteer.errors import MaskContentError, MaskFileError, MaskMismatchError, NoEffectError
 from moesteer.fingerprint import Fingerprint
+from moesteer.gate import GateInfo
 from moesteer.routing import Scoring, check_force
 
 if TYPE_CHECKING:
     from moesteer.backends.hf import Model
     from moesteer.models.steering import Receipt
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest format. A mask without a gate is format 1, so that older readers take it; a gated one is format 2."""
 METADATA_KEY = "moesteer"
 MAX_STRENGTH = 1e4
 """Largest |strength| in units of sigma that is taken for an intention and not an accident."""
@@ -51,7 +53,7 @@ class MaskInfo(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 1
     fingerprint: Fingerprint
     method: str
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -60,12 +62,24 @@ class MaskInfo(BaseModel):
     data_sha256: str | None = None
     accepted_on: dict[str, Any] | None = None
     creator: str = "moesteer"
+    gate: GateInfo | None = None
+
+    @model_validator(mode="after")
+    def _gate_is_format_2(self) -> MaskInfo:
+        if (self.format_version == 2) != (self.gate is not None):
+            raise ValueError("format 2 is that of gated masks, format 1 that of all others")
+        return self
+
+    def as_json(self) -> dict[str, Any]:
+        """What the file holds: format 1 has no key for a gate."""
+        return self.model_dump(mode="json", exclude={"gate"} if self.gate is None else None)
 
 
 @dataclass(frozen=True, eq=False)
 class SteeringMask:
     """Frozen. strength_LE float32 with sigma_L float32, or force_LE int8 (1 on, -1 off, 0 free); never both.
 
+    gate_LE float32 with `info.gate`: the mask applies only to requests on which the gate fires (gate.py).
     Rows follow `info.fingerprint.layer_ids`. Raises MaskContentError on numbers that cannot be applied.
     """
 
@@ -73,6 +87,7 @@ class SteeringMask:
     strength_LE: NDArray[np.float32] | None = None
     sigma_L: NDArray[np.float32] | None = None
     force_LE: NDArray[np.int8] | None = None
+    gate_LE: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         _check_content(self)
@@ -86,6 +101,16 @@ class SteeringMask:
     def forced(self) -> bool:
         """Whether the mask forces experts rather than adding to their logits."""
         return self.force_LE is not None
+
+    @property
+    def gated(self) -> bool:
+        """Whether the mask applies only where its gate fires."""
+        return self.gate_LE is not None
+
+    def with_gate(self, gate_LE: NDArray[np.float32] | None, gate: GateInfo | None) -> SteeringMask:
+        """The same mask behind a gate, or (None, None) without one."""
+        info = self.info.model_copy(update={"gate": gate, "format_version": 1 if gate is None else 2})
+        return replace(self, info=MaskInfo.model_validate(info.model_dump()), gate_LE=gate_LE)
 
     @property
     def values_LE(self) -> NDArray[Any]:
@@ -170,14 +195,12 @@ class SteeringMask:
             )
 
     def _tensors(self) -> dict[str, NDArray[Any]]:
-        if self.force_LE is not None:
-            return {"force": self.force_LE}
-        assert self.strength_LE is not None and self.sigma_L is not None
-        return {"sigma": self.sigma_L, "strength": self.strength_LE}
+        given = {"force": self.force_LE, "gate": self.gate_LE, "sigma": self.sigma_L, "strength": self.strength_LE}
+        return {name: table for name, table in given.items() if table is not None}
 
     def to_bytes(self) -> bytes:
         """The file's bytes; the same mask gives the same bytes."""
-        header = {**self.info.model_dump(mode="json"), "sha256": self.sha256}
+        header = {**self.info.as_json(), "sha256": self.sha256}
         contiguous = {name: np.ascontiguousarray(value) for name, value in self._tensors().items()}
         return save_tensors(contiguous, metadata={METADATA_KEY: files.dumps(header, indent=None)})
 
@@ -217,8 +240,10 @@ class SteeringMask:
             "force": (np.dtype(np.int8), shape),
             "strength": (np.dtype(np.float32), shape),
             "sigma": (np.dtype(np.float32), shape[:1]),
+            "gate": (np.dtype(np.float32), shape),
         }
-        if set(tensors) not in ({"force"}, {"strength", "sigma"}):
+        gate = {"gate"} if info.gate is not None else set()
+        if set(tensors) not in ({"force"} | gate, {"strength", "sigma"} | gate):
             raise _bad_file(f"it holds the tensors {sorted(tensors)}", where=where)
         for name, value in tensors.items():
             if (value.dtype, value.shape) != expected[name]:
@@ -226,8 +251,9 @@ class SteeringMask:
         if stated != _content_sha256(tensors, info):
             raise _bad_file("its content does not match its sha256: it was changed or damaged", where=where)
         return cls(
-            info, strength_LE=tensors.get("strength"), sigma_L=tensors.get("sigma"), force_LE=tensors.get("force")
-        )
+            info, strength_LE=tensors.get("strength"), sigma_L=tensors.get("sigma"), force_LE=tensors.get("force"),
+            gate_LE=tensors.get("gate"),
+        )  # fmt: skip
 
 
 def _bad_file(what: str, *, where: str) -> MaskFileError:
@@ -267,7 +293,7 @@ def _metadata(data: bytes, *, where: str) -> dict[str, Any]:
 
 def _content_sha256(tensors: dict[str, NDArray[Any]], info: MaskInfo) -> str:
     """sha256 over the metadata as canonical JSON, then name, dtype, shape and little-endian bytes per tensor."""
-    parts = [files.dumps(info.model_dump(mode="json"), indent=None).encode("utf-8")]
+    parts = [files.dumps(info.as_json(), indent=None).encode("utf-8")]
     for name in sorted(tensors):
         value = tensors[name]
         parts.append(json.dumps([name, value.dtype.str.lstrip("|<"), list(value.shape)]).encode("utf-8"))
@@ -296,6 +322,7 @@ def _check_content(mask: SteeringMask) -> None:
             where=f"a {mask.info.method} mask for {shape[0]} layers of {shape[1]} experts",
             do="give strength_LE [L, E] and sigma_L [L] as float32, or force_LE [L, E] as int8; never both",
         )
+    _check_gate(mask, shape)
     if not np.isfinite(mask.info.alpha):
         raise _content_error("alpha is not a number", where="the mask's metadata", do="detect the mask again")
     if mask.force_LE is not None:
@@ -315,3 +342,21 @@ def _check_content(mask: SteeringMask) -> None:
             )
     if (mask.sigma_L < 0).any():
         raise _content_error("sigma is negative", where="sigma", do="detect the mask again")
+
+
+def _check_gate(mask: SteeringMask, shape: tuple[int, int]) -> None:
+    gate_LE = mask.gate_LE
+    if (gate_LE is None) != (mask.info.gate is None):
+        raise _content_error(
+            "half a gate: its weights and its description do not come together",
+            where=f"a {mask.info.method} mask",
+            do="use mask.with_gate(gate_LE, info), or detect the gate again",
+        )
+    if gate_LE is None:
+        return
+    if (gate_LE.dtype, gate_LE.shape) != (np.dtype("<f4"), shape) or not np.isfinite(gate_LE).all():
+        raise _content_error(
+            f"the gate's weights are {gate_LE.dtype} {gate_LE.shape}, or not finite",
+            where=f"a {mask.info.method} mask for {shape[0]} layers of {shape[1]} experts",
+            do="give finite float32 [L, E], or detect the gate again",
+        )

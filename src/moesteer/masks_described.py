@@ -33,6 +33,7 @@ def describe(mask: SteeringMask) -> dict[str, Any]:
         "scoring": fingerprint.scoring,
         "router": fingerprint.router_sha256[:12],
         "settings": info.settings,
+        "gate": info.gate.model_dump(mode="json") if info.gate is not None else None,
         "accepted_on": info.accepted_on,
         "sha256": mask.sha256,
     }
@@ -52,7 +53,8 @@ def largest(mask: SteeringMask, *, count: int) -> list[dict[str, Any]]:
 
 def check_on(mask: SteeringMask, model: Model, *, allow_other_checkpoint: bool) -> str:
     """Steer one short prompt and say what changed. Raises MaskMismatchError, NoEffectError."""
-    with mask.apply(model, allow_other_checkpoint=allow_other_checkpoint) as receipt:
+    plain = mask.with_gate(None, None)  # the gate may well stay shut on a probe of ours
+    with plain.apply(model, allow_other_checkpoint=allow_other_checkpoint) as receipt:
         model.chat(PROBE, max_new_tokens=4)
     if receipt.changed == 0:
         raise NoEffectError(

@@ -31,7 +31,8 @@ class Suite(BaseModel):
 
     margin: how much a protected suite's first metric may fall on the select split. play "turns": every user
     turn is played and the model's own replies stay in context; "last": only the last reply is made.
-    limit: at most so many conversations per split.
+    limit: at most so many conversations per split. gate "shut": a gate is fitted to stay shut on these requests;
+    "either": it may do either, because the suite wants what steering gives anyway.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,6 +46,7 @@ class Suite(BaseModel):
     margin: float = Field(default=DEFAULT_MARGIN, ge=0.0, le=1.0)
     variants: int = Field(default=2, ge=1, le=10)
     limit: int | None = Field(default=None, ge=1)
+    gate: Literal["shut", "either"] = "shut"
 
     @model_validator(mode="after")
     def _known_metrics(self) -> Suite:
@@ -118,6 +120,8 @@ class Scenario(BaseModel):
             )
         if self.contrast.away == self.toward:
             raise ValueError("contrast.away must differ from toward")
+        if "keep" in (self.contrast.away, self.toward):
+            raise ValueError("'keep' is the label of protected conversations: name the behaviour otherwise")
         return self
 
     @property

@@ -1,77 +1,101 @@
 """Choosing a method's strength or size on the select split, under the margins of the protected suites.
 
-All candidates are played together, each with its own mask on its own rows of the batch. A candidate is
-feasible when no protected suite's first metric falls by more than its margin below the unsteered model.
-Among the feasible ones the highest target metric wins; ties go to the smaller loss, then to fewer experts and
-the smaller strength. Where none is feasible the one that breaks its margins least is kept, and said to.
+All candidates are played together, each with its own mask on its own rows of the batch. A candidate is feasible when
+each protected suite's first metric is shown not to be inferior to the unsteered model's by more than its margin
+(evaluate/margins.py: paired, one-sided, behaviours as clusters); where a suite is too small for anything to be shown,
+it must not lose at all. Among the feasible ones the highest target metric wins; ties go to the smaller loss, then to
+fewer experts and the smaller strength. Where none is feasible the one that breaks its margins least is kept, and said
+to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moesteer import files
 from moesteer.backends.hf import Model
+from moesteer.backends.shifting import shifted
+from moesteer.direction import Direction
+from moesteer.evaluate.margins import NonInferiority, non_inferiority
 from moesteer.evaluate.metrics import metric, wanted
-from moesteer.evaluate.play import judged, play
+from moesteer.evaluate.play import Generates, judged, play
 from moesteer.evaluate.run import Splits, metrics, suite_rate
 from moesteer.mask import SteeringMask
 from moesteer.progress import Progress
 from moesteer.scenario import Scenario
 
+BASE = "none"
+"""Label of the unsteered model among the candidates."""
 TOGETHER = 8
 """Candidates played in one batch."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One setting of a method. The mask carries its own alpha; `mask` None is the unsteered model."""
+    """One setting of a method. The mask carries its own alpha; neither mask nor direction is the unsteered model.
+
+    variant: number of the detection that it comes from. direction: of the residual stream, with its own alpha.
+    """
 
     method: str
     mask: SteeringMask | None
     label: str
+    variant: int = 0
+    direction: Direction | None = None
 
     @property
     def alpha(self) -> float | None:
-        """The mask's strength; None for a forced mask and for no mask."""
+        """The strength; None for a forced mask and for no mask."""
+        if self.direction is not None:
+            return self.direction.info.alpha
         return None if self.mask is None or self.mask.forced else self.mask.info.alpha
+
+    @property
+    def size(self) -> tuple[int, float]:
+        """Number of experts and strength: of two equal candidates the smaller is taken."""
+        if self.mask is None:
+            return 0, abs(self.alpha or 0.0)
+        return self.mask.expert_count, abs(self.mask.info.alpha)
 
 
 @dataclass(frozen=True)
 class Scored:
     """A candidate with its metrics on the select split.
 
-    losses: by protected suite, how much its first metric fell (negative: rose). over: the largest excess of a
-    loss over its margin (zero or less is feasible).
+    margins: by protected suite, whether its first metric is shown to lose less than its margin.
     """
 
     candidate: Candidate
     target: float
     metrics: Mapping[str, Any]
-    losses: Mapping[str, float]
-    over: float
+    margins: Mapping[str, NonInferiority]
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """By protected suite, how much its first metric fell (negative: rose)."""
+        return {name: found.loss or 0.0 for name, found in self.margins.items()}
+
+    @property
+    def over(self) -> float:
+        """The largest excess of a loss over its margin; positive only where a margin is broken outright."""
+        return max((self.losses[name] - found.margin for name, found in self.margins.items()), default=0.0)
 
     @property
     def feasible(self) -> bool:
-        """Whether every protected suite stays within its margin."""
-        return self.over <= 1e-9
+        """Whether every protected suite is shown to stay within its margin (or loses nothing, where too small)."""
+        return all(found.ok for found in self.margins.values())
 
 
 def score(
-    model: Model,
-    scenario: Scenario,
-    data: Splits,
-    candidates: Sequence[Candidate],
-    *,
-    journal: Path,
-    base: Mapping[str, float] | None = None,
+    model: Model, scenario: Scenario, data: Splits, candidates: Sequence[Candidate], *, journal: Path
 ) -> list[Scored]:
-    """Play the select split once per candidate. base: the unsteered rates by suite (None: candidate 0's own).
+    """Play the select split once per candidate; the first of a journal must be the unsteered model.
 
-    Candidates whose rows the journal already holds are not played again.
+    Candidates whose rows the journal already holds are not played again, so that more can be scored later.
     """
     record = files.Journal(journal)
     done: dict[str, list[dict[str, Any]]] = {}
@@ -80,58 +104,84 @@ def score(
     size = sum(len(data[suite.name]["select"]) for suite in scenario.suites)
     open_ = [c for c in candidates if len(done.get(c.label, ())) < size]
     with Progress("select: candidates", total=len(open_) * size, unit="conversations") as progress:
-        for start in range(0, len(open_), TOGETHER):
-            for label, rows in _play_together(model, scenario, data, open_[start : start + TOGETHER], progress).items():
+        for part in _batches(open_):
+            for label, rows in _play_together(model, scenario, data, part, progress).items():
                 record.append(rows)
                 done[label] = rows
-    scored: list[Scored] = []
-    for candidate in candidates:
-        rows = done[candidate.label]
-        rates = {suite.name: suite_rate(scenario, suite.name, rows) or 0.0 for suite in scenario.suites}
-        base = base or rates
-        losses = {
-            suite.name: (rates[suite.name] - base[suite.name])
-            * (1.0 if metric(suite.metrics[0]).lower_is_better else -1.0)
-            for suite in scenario.protected
-        }
-        over = max((losses[suite.name] - suite.margin for suite in scenario.protected), default=0.0)
-        target = rates[scenario.target.name] * (-1.0 if metric(scenario.target.metrics[0]).lower_is_better else 1.0)
-        scored.append(Scored(candidate, target, metrics(scenario, rows), losses, over))
-    return scored
+    base = done[BASE]
+    return [_scored(scenario, data, candidate, base, done[candidate.label]) for candidate in candidates]
+
+
+def _scored(
+    scenario: Scenario,
+    data: Splits,
+    candidate: Candidate,
+    base: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+) -> Scored:
+    groups = {c.id: c.group for suite in scenario.suites for c in data[suite.name]["select"]}
+    before = {row["id"]: row["success"] for row in base}
+    margins = {}
+    for suite in scenario.protected:
+        mine = [row for row in rows if row["suite"] == suite.name]
+        margins[suite.name] = non_inferiority(
+            [before[row["id"]] for row in mine], [row["success"] for row in mine], margin=suite.margin,
+            groups=[groups[row["id"]] for row in mine],
+        )  # fmt: skip
+    rate = suite_rate(scenario, scenario.target.name, rows) or 0.0
+    target = rate * (-1.0 if metric(scenario.target.metrics[0]).lower_is_better else 1.0)
+    return Scored(candidate, target, metrics(scenario, rows), margins)
+
+
+def _batches(candidates: Sequence[Candidate]) -> Iterator[Sequence[Candidate]]:
+    """Candidates that one batch can hold: masks (and no mask) together, directions together."""
+    for moved in (False, True):
+        mine = [candidate for candidate in candidates if (candidate.direction is not None) == moved]
+        for start in range(0, len(mine), TOGETHER):
+            yield mine[start : start + TOGETHER]
+
+
+@contextmanager
+def applied(model: Model, candidates: Sequence[Candidate]) -> Iterator[tuple[Generates, Any]]:
+    """The model as the candidates steer it, and its receipt; rows of generate: 0 none, n the n-th that steers."""
+    masks = [c.mask for c in candidates if c.mask is not None]
+    directions = [c for c in candidates if c.direction is not None]
+    if masks:
+        with model.steered(masks) as receipt:
+            yield model, receipt
+    elif directions:
+        edits = [c.direction for c in directions if c.direction is not None]
+        with shifted(model, edits) as moved:
+            yield moved, moved.receipt
+    else:
+        yield model, None
 
 
 def _play_together(
     model: Model, scenario: Scenario, data: Splits, candidates: Sequence[Candidate], progress: Progress
 ) -> dict[str, list[dict[str, Any]]]:
     """The select split under every candidate at once: rows of the journal by candidate label."""
-    masks = [c.mask for c in candidates if c.mask is not None]
     numbers, used = [], 0
     for candidate in candidates:
-        used += candidate.mask is not None
-        numbers.append(used if candidate.mask is not None else 0)
+        steers = candidate.mask is not None or candidate.direction is not None
+        used += steers
+        numbers.append(used if steers else 0)
     found: dict[str, list[dict[str, Any]]] = {c.label: [] for c in candidates}
     judging = scenario.judging_of()
     for suite in scenario.suites:
         conversations = data[suite.name]["select"]
         repeated = [c for _ in candidates for c in conversations]
-        rows = [number for number in numbers for _ in conversations]
-        turns = suite.play == "turns"
-        if masks:
-            with model.steered(masks):
-                played = play(model, repeated, turns=turns, max_new_tokens=scenario.max_new_tokens, rows=rows)
-        else:
-            played = play(model, repeated, turns=turns, max_new_tokens=scenario.max_new_tokens)
+        rows = [number for number in numbers for _ in conversations] if used else None
+        with applied(model, candidates) as (steered, _):
+            turns = suite.play == "turns"
+            played = play(steered, repeated, turns=turns, max_new_tokens=scenario.max_new_tokens, rows=rows)
         verdicts = judged(played, judging, suite.judge)
         for i, candidate in enumerate(candidates):
             part = slice(i * len(conversations), (i + 1) * len(conversations))
             for p, verdict in zip(played[part], verdicts[part], strict=True):
                 row = p.as_row(suite.name, verdict, success=wanted(suite.metrics[0], verdict))
-                found[candidate.label].append(
-                    {
-                        "candidate": candidate.label,
-                        **{k: row[k] for k in ("id", "suite", "tactic", "response", "verdict", "success")},
-                    }
-                )
+                kept = {key: row[key] for key in ("id", "suite", "tactic", "response", "verdict", "success")}
+                found[candidate.label].append({"candidate": candidate.label, **kept})
         progress.advance(len(repeated), note=suite.name)
     return found
 
@@ -141,22 +191,20 @@ def choose(scored: Sequence[Scored]) -> Scored:
     if not scored:
         raise ValueError("no candidates to choose from")
 
-    def size(s: Scored) -> tuple[int, float]:
-        mask = s.candidate.mask
-        return (mask.expert_count, abs(mask.info.alpha)) if mask is not None else (0, 0.0)
-
     feasible = [s for s in scored if s.feasible]
     if feasible:
-        return min(feasible, key=lambda s: (-s.target, sum(s.losses.values()), *size(s)))
-    return min(scored, key=lambda s: (s.over, -s.target, *size(s)))
+        return min(feasible, key=lambda s: (-s.target, sum(s.losses.values()), *s.candidate.size))
+    return min(scored, key=lambda s: (s.over, -s.target, *s.candidate.size))
 
 
-def at_strengths(method: str, mask: SteeringMask, alphas: Sequence[float], *, label: str = "") -> list[Candidate]:
-    """One candidate per alpha of an additive mask."""
-    return [
-        Candidate(method, mask.with_info(alpha=alpha), f"{method}{' ' + label if label else ''} alpha={alpha:g}")
-        for alpha in alphas
-    ]
+def at_strengths(
+    method: str, mask: SteeringMask, alphas: Sequence[float], *, label: str = "", variant: int = 0
+) -> list[Candidate]:
+    """One candidate per alpha of an additive mask; one of a forced mask, which has no strength."""
+    name = f"{method}{' ' + label if label else ''}"
+    if mask.forced:
+        return [Candidate(method, mask, name, variant)]
+    return [Candidate(method, mask.with_info(alpha=a), f"{name} alpha={a:g}", variant) for a in alphas]
 
 
 def accepted(scored: Scored) -> Candidate:

@@ -29,24 +29,28 @@ def answer(
     model: Model,
     conversations: Sequence[Sequence[Message]],
     *,
-    mask: SteeringMask | None = None,
-    alpha: float | None = None,
+    masks: Sequence[SteeringMask] = (),
+    alphas: Sequence[float | None] | None = None,
     max_new_tokens: int = 128,
     allow_other_checkpoint: bool = False,
 ) -> Answers:
-    """Greedy answers to every conversation. Raises NoEffectError when a mask (alpha not 0) changed no selection."""
+    """Greedy answers to every conversation, without the masks and with all of them at once.
+
+    Raises NoEffectError when masks that were to act (alpha not 0, gate not shut) changed no selection.
+    """
     plain = model.generate(conversations, max_new_tokens=max_new_tokens, title="unsteered")
     rows: list[dict[str, Any]] = [
         {"prompt": messages[-1].content, "unsteered": made.text}
         for messages, made in zip(conversations, plain, strict=True)
     ]
-    if mask is None:
+    if not masks:
         return Answers(rows, None)
-    with mask.apply(model, alpha=alpha, allow_other_checkpoint=allow_other_checkpoint) as receipt:
+    with model.steered(masks, alphas=alphas, together=True, allow_other_checkpoint=allow_other_checkpoint) as receipt:
         steered = model.generate(conversations, max_new_tokens=max_new_tokens, title="steered")
-    if receipt.changed == 0 and receipt.alphas[0] != 0:
+    if receipt.did_nothing:
+        strengths = ", ".join(f"{alpha:g}" for alpha in receipt.alphas)
         raise NoEffectError(
-            f"the mask changed none of {receipt.checked} selections at alpha {receipt.alphas[0]:g}",
+            f"the masks changed none of {receipt.checked} selections at alpha {strengths}",
             where=f"{len(rows)} conversations on {model.name}",
             expected="some selections to change",
             do="raise --alpha, or check the mask with `moesteer mask check --model`",

@@ -17,14 +17,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moesteer.backends.checkpointing import checkpointed
+from moesteer.backends.gating import decide
+from moesteer.backends.layers import decoder_layers
 from moesteer.conversations import Message
 from moesteer.errors import DataError, ModelError, NoEffectError
 from moesteer.fingerprint import Fingerprint
 from moesteer.mask import SteeringMask
 from moesteer.models.check import backbone
 from moesteer.models.fingerprint import fingerprint_of, is_quantised
-from moesteer.models.limits import require_possible
+from moesteer.models.limits import require_possible, require_together
 from moesteer.models.routers import Router, find_routers
+from moesteer.models.silencing import silencing
 from moesteer.models.steering import BiasSteering, MaskTables, Receipt
 from moesteer.models.tap import RouterTap
 from moesteer.progress import Progress
@@ -50,6 +54,19 @@ class Encoded:
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Applied:
+    """The masks of a `steered` block. together: all of them act on every row that does not say otherwise."""
+
+    masks: tuple[SteeringMask, ...]
+    together: bool
+
+    @property
+    def gated(self) -> bool:
+        """Whether a gate has to decide before anything is steered."""
+        return any(mask.gated for mask in self.masks)
+
+
 class Model:
     """A loaded Mixture-of-Experts model, its tokenizer and its routers. Made, and proven, by loading.load."""
 
@@ -60,6 +77,7 @@ class Model:
         self.model_type: str = hf.config.get_text_config().model_type
         self.fingerprint: Fingerprint = fingerprint_of(self.model_type, self.routers)
         self._steering: MaskTables | None = None
+        self._applied: Applied | None = None
         self._stops = _stop_ids(hf, tokenizer)
 
     @property
@@ -120,8 +138,9 @@ class Model:
     def encode(self, messages: Sequence[Message], response: str | None = None) -> Encoded:
         """Tokens and spans of a conversation that ends in the user's turn, and of a response put to it.
 
-        Spans: "prompt", all before the response, template marks included; "final_user", the content of the
-        last user message; "response", the response and its end mark (only where one is given).
+        Spans: "prompt", all before the response, template marks included; "final_user", the content of the last
+        user message; "final_turn", from there to the end of the prompt, where the reply begins; "response", the
+        response and its end mark (only where one is given).
         """
         if not messages or messages[-1].role != "user":
             raise DataError(
@@ -138,6 +157,7 @@ class Model:
         end = start + len(messages[-1].content.strip())
         inside = [i for i, (low, high) in enumerate(offsets) if high > start and low < end]
         spans["final_user"] = (inside[0], inside[-1] + 1)
+        spans["final_turn"] = (inside[0], len(ids))
         if response is not None:
             more = self.tokenizer(response, add_special_tokens=False)["input_ids"]
             more = [*more, self._stops[0]] if self._stops else more
@@ -181,28 +201,49 @@ class Model:
         rows: with several masks applied, which steers which conversation (0 none, m the m-th mask).
         title: shows a progress bar. Raises DataError for a prompt that does not fit the context.
         """
-        encoded = [self.encode(messages).token_ids for messages in conversations]
-        for messages, ids in zip(conversations, encoded, strict=True):
-            if len(ids) + max_new_tokens > self.context_tokens:
+        encoded = [self.encode(messages) for messages in conversations]
+        for messages, one in zip(conversations, encoded, strict=True):
+            if len(one.token_ids) + max_new_tokens > self.context_tokens:
                 raise DataError(
-                    f"a prompt of {len(ids)} tokens leaves no room for {max_new_tokens} new ones",
+                    f"a prompt of {len(one.token_ids)} tokens leaves no room for {max_new_tokens} new ones",
                     where=f"the conversation that ends {messages[-1].content[-60:]!r}",
                     expected=f"at most {self.context_tokens} tokens together",
                     do="shorten the conversation, or lower the number of new tokens",
                 )
+        acting = self._acting(encoded, rows)
         done: list[Generation | None] = [None] * len(encoded)
         with Progress(title or "", total=len(encoded), unit="replies", shown=title is not None) as progress:
-            for batch in length_batches([len(ids) + max_new_tokens for ids in encoded], BATCH_POSITIONS):
-                picked = None if rows is None else [rows[i] for i in batch]
+            for batch in length_batches([len(one.token_ids) + max_new_tokens for one in encoded], BATCH_POSITIONS):
+                picked = None if acting is None else [acting[i] for i in batch]
                 for i, generation in zip(
-                    batch, self._generate_batch([encoded[i] for i in batch], max_new_tokens, picked), strict=True
+                    batch,
+                    self._generate_batch([encoded[i].token_ids for i in batch], max_new_tokens, picked),
+                    strict=True,
                 ):
                     done[i] = generation
                 progress.advance(len(batch))
         return [generation for generation in done if generation is not None]
 
+    def _acting(self, encoded: Sequence[Encoded], rows: Sequence[int] | None) -> list[tuple[int, ...]] | None:
+        """Which masks act on which conversation, gates decided; None where the tables need not be told."""
+        applied, steering = self._applied, self._steering
+        if applied is None or steering is None or (rows is None and not applied.gated):
+            return None
+        every = tuple(range(1, len(applied.masks) + 1))
+        if rows is None and len(every) > 1 and not applied.together:
+            return None  # the tables refuse: nothing says who takes which
+        wanted = [every if rows is None else (row,) * bool(row) for row in (rows or [0] * len(encoded))]
+        if not applied.gated:
+            return wanted
+        allowed = decide(self, encoded, applied.masks)
+        chosen = [tuple(m for m in row if allowed[i, m - 1]) for i, row in enumerate(wanted)]
+        gates = [tuple(m for m in row if applied.masks[m - 1].gated) for row in wanted]
+        steering.receipt.gated += sum(map(len, gates))
+        steering.receipt.fired += sum(len(set(row) & set(mine)) for row, mine in zip(gates, chosen, strict=True))
+        return chosen
+
     def _generate_batch(
-        self, prompts: list[tuple[int, ...]], max_new_tokens: int, rows: list[int] | None
+        self, prompts: list[tuple[int, ...]], max_new_tokens: int, rows: list[tuple[int, ...]] | None
     ) -> list[Generation]:
         if self._steering is not None and rows is not None:
             self._steering.set_rows(rows)
@@ -256,38 +297,67 @@ class Model:
         masks: Sequence[SteeringMask],
         *,
         alphas: Sequence[float | None] | None = None,
+        together: bool = False,
         allow_other_checkpoint: bool = False,
         allow_empty: bool = False,
     ) -> Iterator[Receipt]:
         """Steer inside the block with one mask, or with several, one per batch row (`generate(rows=...)`).
 
-        Raises MaskMismatchError, NoEffectError, AlreadySteeredError before the first token. On exit the model
-        is itself again, bit for bit.
+        together: all masks act on every row, each with its own alpha: biases add up, forces join. A gated mask
+        acts on the requests on which its gate fires, which `generate` asks first. Raises MaskMismatchError,
+        MaskContentError, NoEffectError, AlreadySteeredError before the first token. On exit the model is itself
+        again, bit for bit.
         """
         for mask in masks:
             mask.check_model(self.fingerprint, allow_other_checkpoint=allow_other_checkpoint)
             if not allow_empty:
                 mask.require_entries()
             require_possible(mask, self.routers)
-        steering = MaskTables.of_masks(masks, alphas or [None] * len(masks), device=self.device)
+        strengths = list(alphas or [None] * len(masks))
+        if together:
+            require_together(masks, strengths, self.routers)
+        steering = MaskTables.of_masks(masks, strengths, device=self.device)
+        applied = Applied(tuple(masks), together)
+        if applied.gated:
+            steering.set_rows(None)  # until the gate has decided
+        elif together:
+            steering.set_rows([tuple(range(1, len(masks) + 1))])
         with self.tap.steer(steering):
-            self._steering = steering
+            self._steering, self._applied = steering, applied
             try:
                 yield steering.receipt
             finally:
-                self._steering = None
+                self._steering, self._applied = None, None
 
-    def response_logits(self, sequences: Sequence[Encoded], *, bias_LE: Tensor | None, most: int) -> Tensor:
+    def response_logits(
+        self, sequences: Sequence[Encoded], *, bias_LE: Tensor | None, most: int, checkpointing: bool = False
+    ) -> Tensor:
         """Vocabulary logits [n, V] that predict the first `most` response tokens of every sequence, in order.
 
         bias_LE [L, E] is added to the router logits at every position and may require gradient: this is what
-        the `direct` method optimises through. Sequences are padded on the right.
+        the `direct` method optimises through. Sequences are padded on the right. checkpointing: layers keep their
+        inputs only, and are computed again in the backward pass.
         """
         input_ids, attention = self.pad([encoded.token_ids for encoded in sequences], left=False)
         rows, columns = response_places(sequences, most=most)
         if bias_LE is None:
             return self._logits_at(input_ids, attention, rows, columns)
-        with self.tap.steer(BiasSteering(bias_LE)):
+        layers = decoder_layers(self) if checkpointing else {}
+        with self.tap.steer(BiasSteering(bias_LE)), checkpointed(layers):
+            return self._logits_at(input_ids, attention, rows, columns)
+
+    def response_logits_silenced(
+        self, sequences: Sequence[Encoded], *, silenced: Sequence[tuple[int, int] | None], most: int
+    ) -> Tensor:
+        """As response_logits, without gradient, each sequence with one expert switched off, or none.
+
+        silenced: (row of the layer, expert) or None, one per sequence. Raises InputError, MaskContentError.
+        """
+        if len(silenced) != len(sequences):
+            raise ValueError(f"{len(sequences)} sequences, {len(silenced)} entries of what is silenced")
+        input_ids, attention = self.pad([encoded.token_ids for encoded in sequences], left=False)
+        rows, columns = response_places(sequences, most=most)
+        with torch.no_grad(), self.tap.steer(silencing(self.routers, silenced, device=self.device)):
             return self._logits_at(input_ids, attention, rows, columns)
 
     def _logits_at(self, input_ids: Tensor, attention: Tensor, rows: list[int], columns: list[int]) -> Tensor:

@@ -22,8 +22,7 @@ def demo(
     lab tiny refuses harmful requests made directly, and lets many through at the end of a longer conversation.
     The demo finds the experts, steers them, and says what changed on conversations that nothing was fitted on.
     """
-    from moesteer.methods import METHODS
-
     run_and_show(
-        "lab-tiny", scenario="jailbreak-defense", out=out, methods=list(METHODS), seed=seed, fresh=fresh, json=json
-    )
+        "lab-tiny", scenario="jailbreak-defense", out=out, methods=("risk-difference", "masc-published", "direct"),
+        seed=seed, fresh=fresh, json=json,
+    )  # fmt: skip

@@ -10,12 +10,12 @@ from rich.table import Table
 
 from moesteer.cli import show
 from moesteer.cli.options import (
-    Alpha,
+    Alphas,
     Device,
     Dtype,
     Json,
     Limit,
-    MaskFile,
+    MaskFiles,
     ModelArgument,
     OtherCheckpoint,
     Quantize,
@@ -30,8 +30,8 @@ def evaluate(
     suite: Annotated[
         list[str] | None, typer.Option(help="A suite of the scenario; repeat. Default: all.", show_default=False)
     ] = None,
-    mask: MaskFile = None,
-    alpha: Alpha = None,
+    mask: MaskFiles = None,
+    alpha: Alphas = None,
     split: Annotated[str, typer.Option(help="fit, select or test.")] = "test",
     out: Annotated[
         Path | None, typer.Option(help="Keep responses and results.json in this folder.", show_default=False)
@@ -59,15 +59,18 @@ def evaluate(
     show.quiet_transformers()
     whole = scenarios.load(scenario)
     part = chosen_suites(whole, suite or [])
-    steering = SteeringMask.load(mask) if mask else None
+    masks = [SteeringMask.load(path) for path in mask or []]
+    strengths = show.strengths(alpha, masks=len(masks))
     loaded = load(model, dtype=dtype, device=device, quantize=quantize)
     contexts = {}
-    if steering is not None:
-        contexts["steered"] = steering.apply(loaded, alpha=alpha, allow_other_checkpoint=allow_other_checkpoint)
+    if masks:
+        contexts["steered"] = loaded.steered(
+            masks, alphas=strengths, together=True, allow_other_checkpoint=allow_other_checkpoint
+        )
     data = scenarios.splits(whole, seed=seed, limit=limit)
     plan = {
         "model": model, "weights": loaded.weights_sketch, "scenario": part.model_dump(mode="json"), "split": split,
-        "mask": steering.sha256 if steering else None, "alpha": alpha, "seed": seed, "limit": limit,
+        "masks": [one.sha256 for one in masks], "alphas": strengths, "seed": seed, "limit": limit,
         "data": runs.data_digest(data),
     }  # fmt: skip
     where = cast(scenarios.Split, split)

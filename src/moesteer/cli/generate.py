@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moesteer.cli import show
-from moesteer.cli.options import Alpha, Device, Dtype, Json, MaskFile, ModelArgument, OtherCheckpoint, Quantize
+from moesteer.cli.options import Alphas, Device, Dtype, Json, MaskFiles, ModelArgument, OtherCheckpoint, Quantize
 from moesteer.errors import InputError
 
 
@@ -21,8 +21,8 @@ def generate(
         Path | None,
         typer.Option(help="Conversations to answer instead: JSONL, JSON, CSV, Parquet.", show_default=False),
     ] = None,
-    mask: MaskFile = None,
-    alpha: Alpha = None,
+    mask: MaskFiles = None,
+    alpha: Alphas = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 128,
     allow_other_checkpoint: OtherCheckpoint = False,
     dtype: Dtype = "auto",
@@ -44,13 +44,14 @@ def generate(
             expected="one of the two",
             do='for example: moesteer generate lab-tiny --prompt "how do i paint a clay pot ?"',
         )
-    steering = SteeringMask.load(mask) if mask else None
+    masks = [SteeringMask.load(path) for path in mask or []]
+    strengths = show.strengths(alpha, masks=len(masks))
     show.quiet_transformers()
     asked = (
         [list(c.messages) for c in conversations.read(data)] if data else [[Message("user", p)] for p in prompt or []]
     )
     found = answer(
-        load(model, dtype=dtype, device=device, quantize=quantize), asked, mask=steering, alpha=alpha,
+        load(model, dtype=dtype, device=device, quantize=quantize), asked, masks=masks, alphas=strengths,
         max_new_tokens=max_new_tokens, allow_other_checkpoint=allow_other_checkpoint,
     )  # fmt: skip
     if json:
@@ -58,8 +59,8 @@ def generate(
         return
     for row in found.rows:
         typer.echo(f"user:      {row['prompt']}")
-        typer.echo(f"unsteered: {row['unsteered']}" if steering else f"model:     {row['unsteered']}")
-        if steering:
+        typer.echo(f"unsteered: {row['unsteered']}" if masks else f"model:     {row['unsteered']}")
+        if masks:
             typer.echo(f"steered:   {row['steered']}")
         typer.echo("")
     if found.receipt is not None:

@@ -12,14 +12,22 @@ from moesteer.cli.options import Json
 
 def methods(json: Json = False) -> None:
     """The detection methods and their settings (for `moesteer detect --set NAME=VALUE`)."""
-    from moesteer.detecting import NAMES, settings_of
+    from moesteer.detection.controls import CONTROLS
+    from moesteer.methods import methods as every
 
-    found = {name: settings_of(name) for name in NAMES}
+    found: dict[str, dict[str, Any]] = {
+        name: {"title": method.title, "contrast": method.contrast, "through_model": method.through_model,
+               "settings": method.settings}
+        for name, method in every().items()
+    }  # fmt: skip
     if json:
         show.print_json(found)
         return
-    for name, settings in found.items():
-        typer.echo(f"{name}: " + ", ".join(f"{key}={value}" for key, value in settings.items()))
+    for name, facts in found.items():
+        typer.echo(f"{name}: {facts['title']}")
+        for key, value in facts["settings"].items():
+            typer.echo(f"    {key}={value}")
+    typer.echo(f"controls, made from another mask (--like): {', '.join(CONTROLS)}")
 
 
 def suites(json: Json = False) -> None:

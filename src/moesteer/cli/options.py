@@ -26,7 +26,16 @@ Quantize = Annotated[
     typer.Option(help="int8 or int4: experts and linear layers on the way in (by torchao).", show_default=False),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in --out and start again.")]
-MaskFile = Annotated[Path | None, typer.Option("--mask", help="A steering mask.", show_default=False)]
+MaskFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--mask", help="A steering mask; repeat to apply several at once.", show_default=False),
+]
+Alphas = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--alpha", help="Strength, once for each --mask; 0 is no steering. Default: the mask's own.", show_default=False
+    ),
+]
 Alpha = Annotated[
     float | None,
     typer.Option(help="Strength of the mask; 0 is no steering. Default: the mask's own.", show_default=False),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from moesteer import files
+from moesteer.errors import InputError
 from moesteer.evaluate.metrics import METRICS
 
 
@@ -59,3 +61,15 @@ def print_table(table: Table) -> None:
     if not console.is_terminal:
         console = Console(width=200)
     console.print(table)
+
+
+def strengths(given: Sequence[float] | None, *, masks: int) -> list[float | None]:
+    """One strength per mask from repeated --alpha: none (each mask's own), or one for each."""
+    if given and len(given) != masks:
+        raise InputError(
+            f"{len(given)} times --alpha for {masks} times --mask",
+            where="the command line",
+            expected="--alpha once for each --mask, in the same order, or not at all",
+            do="repeat --alpha, or leave it out to use the masks' own strengths",
+        )
+    return list(given) if given else [None] * masks

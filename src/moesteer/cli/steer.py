@@ -16,8 +16,14 @@ def steer(
     scenario: Annotated[str, typer.Option(help="A built-in scenario (`moesteer suites`) or a .toml file of yours.")],
     out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/SCENARIO.", show_default=False)] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="A method to compare; repeat for more. Default: all.", show_default=False)
+        list[str] | None,
+        typer.Option(help="A method to compare, or all; repeat for more. Default: four of them.", show_default=False),
     ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(help="A control of the recommended mask; repeat. Default: random.", show_default=False),
+    ] = None,
+    gate: Annotated[bool, typer.Option(help="Also try methods behind a gate.")] = True,
     seed: Seed = 0,
     limit: Limit = None,
     dtype: Dtype = "auto",
@@ -30,12 +36,14 @@ def steer(
     Exit code 3: it finished, but no method kept every protected suite, or a check failed.
     """
     from moesteer import scenario as scenarios
-    from moesteer.methods import METHODS
+    from moesteer.methods import DEFAULT, methods
+    from moesteer.pipeline import DEFAULT_CONTROLS, RESIDUAL
 
     folder = out or Path("runs") / scenarios.load(scenario).name
+    named = [*methods(), RESIDUAL] if method == ["all"] else method or list(DEFAULT)
     run_and_show(
-        model, scenario=scenario, out=folder, methods=method or list(METHODS), seed=seed, limit=limit, dtype=dtype,
-        device=device, fresh=fresh, json=json,
+        model, scenario=scenario, out=folder, methods=named, controls=control or DEFAULT_CONTROLS, gate=gate,
+        seed=seed, limit=limit, dtype=dtype, device=device, fresh=fresh, json=json,
     )  # fmt: skip
 
 

@@ -5,38 +5,41 @@
 S [L, E], in units of sigma, starts at zero; the model's weights stay frozen, and the routing weights of the
 selected experts carry the gradient. What is decided is decided in the first tokens of a response, so only
 those enter the loss. A proximal step after each Adam step makes zeros exact (the L1 term of a plain gradient
-never does). Cost: `steps` forward and backward passes over `targets + keeps` sequences.
+never does). Cost: `steps` forward and backward passes over `targets + keeps` sequences; a pass never holds more
+than `pass_positions` positions, with `checkpointing` it keeps only what enters each layer, and `max_tokens` and
+`max_seconds` end the optimisation early. A step's sequences depend on the seed and the step alone, so that a run
+that was killed goes on from its last saved step to the same mask, bit for bit (but for max_seconds).
 """
 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from moesteer import files
 from moesteer.detection.base import Detection
-from moesteer.errors import EmptyDataError, NanLogitsError, NoEffectError
+from moesteer.detection.method import Method
+from moesteer.detection.through_model import EncodedResponse, require_responses, response_ids
+from moesteer.errors import EmptyDataError, FileError, InputError, NanLogitsError, NoEffectError
 from moesteer.fingerprint import Fingerprint
 from moesteer.mask import Intent, MaskInfo, SteeringMask
 from moesteer.progress import Progress
 
 TEACHER_BYTES = 512 * 1024 * 1024
 """Unsteered log-probabilities of protected text are kept in memory up to this size, and else recomputed."""
-
-
-class EncodedResponse(Protocol):
-    """Token ids with a span "response"."""
-
-    @property
-    def token_ids(self) -> tuple[int, ...]: ...
-
-    @property
-    def spans(self) -> dict[str, tuple[int, int]]: ...
+SAVE_EVERY_S = 10.0
 
 
 class ThroughModel(Protocol):
@@ -45,8 +48,44 @@ class ThroughModel(Protocol):
     fingerprint: Fingerprint
     hf: Any
 
-    def response_logits(self, sequences: Sequence[Any], *, bias_LE: Tensor | None, most: int) -> Tensor:
+    def response_logits(
+        self, sequences: Sequence[Any], *, bias_LE: Tensor | None, most: int, checkpointing: bool = False
+    ) -> Tensor:
         """Vocabulary logits [n, V] that predict the first `most` response tokens of every sequence, in order."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of `detect`, which explains them."""
+
+    steps: int
+    targets_per_step: int
+    keeps_per_step: int
+    keep_weight: float
+    l1: float
+    learning_rate: float
+    response_tokens: int
+    pass_positions: int
+    checkpointing: bool
+    max_tokens: int | None
+    max_seconds: float | None
+    seed: int
+
+    def check(self) -> None:
+        """Raise InputError for a setting out of its range."""
+        counts = ("steps", "targets_per_step", "keeps_per_step", "response_tokens", "pass_positions")
+        wrong = next((name for name in counts if getattr(self, name) < 1), None)
+        wrong = wrong or next((name for name in ("keep_weight", "l1") if getattr(self, name) < 0), None)
+        wrong = wrong or ("learning_rate" if self.learning_rate <= 0 else None)
+        bounds = ("max_tokens", "max_seconds")
+        wrong = wrong or next((n for n in bounds if getattr(self, n) is not None and getattr(self, n) <= 0), None)
+        if wrong is not None:
+            raise InputError(
+                f"the setting {wrong} is out of its range",
+                where=f"direct with {wrong}={getattr(self, wrong)!r}",
+                expected="counts of at least one, weights of zero or more, bounds above zero (or none)",
+                do=f"correct {wrong}",
+            )
 
 
 def detect(
@@ -63,15 +102,29 @@ def detect(
     l1: float = 4e-3,
     learning_rate: float = 0.05,
     response_tokens: int = 12,
+    pass_positions: int = 16_384,
+    checkpointing: bool = False,
+    max_tokens: int | None = None,
+    max_seconds: float | None = None,
     seed: int = 0,
     data_sha256: str | None = None,
+    state: Path | None = None,
 ) -> Detection:
     """A mask that makes the wanted responses likely and leaves protected ones as they are.
 
     targets: conversations with the wanted response; keeps: protected conversations with the model's own
     response. sigma_L: calibrated standard deviations of the router logits. l1: per entry, of |S| in sigma
-    units. Raises EmptyDataError, NanLogitsError, NoEffectError.
+    units. pass_positions: most positions (sequences x padded length) in one forward and backward pass; a step is
+    split into as many as it needs. checkpointing: compute inner results twice rather than keep them. max_tokens:
+    positions read in all, max_seconds: time, after which the steps end early (and the learning rate has fallen by
+    then). state: a file in which an unfinished optimisation is kept and gone on with.
+    Raises EmptyDataError, InputError, NanLogitsError, NoEffectError.
     """
+    settings = Settings(
+        steps, targets_per_step, keeps_per_step, keep_weight, l1, learning_rate, response_tokens, pass_positions,
+        checkpointing, max_tokens, max_seconds, seed,
+    )  # fmt: skip
+    settings.check()
     if not targets or not keeps:
         raise EmptyDataError(
             "direct needs both conversations to change and conversations to keep",
@@ -79,78 +132,190 @@ def detect(
             expected="at least one of each",
             do="name a target suite and at least one protect suite in the scenario",
         )
-    rng = random.Random(f"direct/{seed}")
-    sigma = torch.tensor(sigma_L, device=model.hf.device)
-    strength = torch.zeros((len(sigma_L), model.fingerprint.experts), device=model.hf.device, requires_grad=True)
-    optimizer = torch.optim.Adam([strength], lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2.0 * (1.0 - step / steps)))
+    require_responses("direct", targets=targets, keeps=keeps)
     frozen = [p for p in model.hf.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    teacher = _Teacher(model, keeps, response_tokens)
-    losses: list[tuple[float, float]] = []
     try:
-        with Progress("direct: through the model", total=steps, unit="steps") as progress:
-            for _ in range(steps):
-                chosen = rng.sample(range(len(targets)), min(targets_per_step, len(targets)))
-                kept = rng.sample(range(len(keeps)), min(keeps_per_step, len(keeps)))
-                batch = [targets[i] for i in chosen] + [keeps[i] for i in kept]
-                logits = model.response_logits(batch, bias_LE=sigma[:, None] * strength, most=response_tokens).float()
-                wanted_ids = _response_ids([targets[i] for i in chosen], response_tokens)
-                change = nn.functional.cross_entropy(logits[: len(wanted_ids)], wanted_ids.to(logits.device))
-                steered = logits[len(wanted_ids) :].log_softmax(-1)
-                keep = nn.functional.kl_div(steered, teacher(kept), log_target=True, reduction="batchmean")
-                loss = change + keep_weight * keep
-                if not bool(torch.isfinite(loss)):
-                    raise _diverged(model, len(losses))
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                with torch.no_grad():
-                    shrink = l1 * schedule.get_last_lr()[0] / learning_rate
-                    strength.copy_(strength.sign() * (strength.abs() - shrink).clamp(min=0))
-                schedule.step()
-                losses.append((change.item(), keep.item()))
-                progress.advance(1, note=f"change {losses[-1][0]:.2f}, keep {losses[-1][1]:.3f}")
+        run = _Optimisation(model, targets, keeps, sigma_L, settings, state=state, data_sha256=data_sha256)
+        found = run.go()
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-    found = strength.detach().cpu().numpy().astype(np.float32)
-    settings = {
-        "steps": steps, "targets_per_step": targets_per_step, "keeps_per_step": keeps_per_step,
-        "keep_weight": keep_weight, "l1": l1, "learning_rate": learning_rate, "response_tokens": response_tokens,
-        "seed": seed, "targets": len(targets), "keeps": len(keeps),
-    }  # fmt: skip
+    used = {**asdict(settings), "targets": len(targets), "keeps": len(keeps)}
     if not found.any():
         raise NoEffectError(
-            "direct ended with no entry: the pull of the L1 term won",
-            where=f"settings {settings}",
+            "direct ended with no entry: no routing weight carries a gradient, or the pull of the L1 term won",
+            where=f"settings {used}",
             expected="at least one expert with a strength",
-            do="lower l1, or give more steps",
+            do="lower l1, or give more steps; `moesteer models MODEL` says where weights are constant",
         )
     info = MaskInfo(
-        fingerprint=model.fingerprint, method="direct", settings=settings, intent=Intent(toward=toward),
+        fingerprint=model.fingerprint, method="direct", settings=used, intent=Intent(toward=toward),
         data_sha256=data_sha256,
     )  # fmt: skip
     mask = SteeringMask(info, strength_LE=found, sigma_L=np.asarray(sigma_L, dtype=np.float32))
-    facts = {"loss_first": losses[0], "loss_last": tuple(np.mean(losses[-10:], axis=0).tolist())}
-    return Detection(mask, found, facts)
+    return Detection(mask, found, run.facts())
+
+
+class _Optimisation:
+    """S, its optimiser, and where they are in their steps."""
+
+    def __init__(
+        self,
+        model: ThroughModel,
+        targets: Sequence[EncodedResponse],
+        keeps: Sequence[EncodedResponse],
+        sigma_L: NDArray[np.float32],
+        settings: Settings,
+        *,
+        state: Path | None,
+        data_sha256: str | None,
+    ) -> None:
+        self.model, self.targets, self.keeps, self.settings = model, targets, keeps, settings
+        device = model.hf.device
+        self.sigma_L = torch.tensor(sigma_L, device=device)
+        self.strength_LE = torch.zeros((len(sigma_L), model.fingerprint.experts), device=device, requires_grad=True)
+        self.optimizer = torch.optim.Adam([self.strength_LE], lr=settings.learning_rate)
+        self.teacher = _Teacher(model, keeps, settings)
+        self.losses: list[tuple[float, float]] = []
+        self.tokens, self.seconds, self.ended = 0, 0.0, "steps"
+        self.state = state
+        ids = [[list(e.token_ids) for e in side] for side in (targets, keeps)]
+        plan = [asdict(settings), model.fingerprint.model_dump(mode="json"), data_sha256, sigma_L.tolist(), ids]
+        self.plan = files.sha256(files.dumps(plan, indent=None).encode("utf-8"))
+
+    def go(self) -> NDArray[np.float32]:
+        """All steps that the bounds allow; S."""
+        self._resume()
+        saved = time.monotonic()
+        with Progress("direct: through the model", total=self.settings.steps, unit="steps") as progress:
+            progress.advance(len(self.losses))
+            while len(self.losses) < self.settings.steps and self._spent() < 1.0:
+                begun = time.monotonic()
+                self._step()
+                self.seconds += time.monotonic() - begun
+                progress.advance(1, note=f"change {self.losses[-1][0]:.2f}, keep {self.losses[-1][1]:.3f}")
+                if self.state is not None and time.monotonic() - saved > SAVE_EVERY_S:
+                    self._save()
+                    saved = time.monotonic()
+        if self.state is not None:
+            self.state.unlink(missing_ok=True)
+        return self.strength_LE.detach().cpu().numpy().astype(np.float32)
+
+    def facts(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "loss_first": self.losses[0], "loss_last": tuple(np.mean(self.losses[-10:], axis=0).tolist()),
+            "steps": len(self.losses), "ended_by": self.ended, "tokens": self.tokens,
+            "seconds": round(self.seconds, 1),
+        }  # fmt: skip
+
+    def _spent(self) -> float:
+        """Share of what may be spent: of the steps, the tokens or the seconds, whichever is furthest."""
+        s = self.settings
+        shares = {
+            "steps": len(self.losses) / s.steps,
+            "max_tokens": 0.0 if s.max_tokens is None else self.tokens / s.max_tokens,
+            "max_seconds": 0.0 if s.max_seconds is None else self.seconds / s.max_seconds,
+        }
+        self.ended = max(shares, key=lambda name: shares[name])
+        return shares[self.ended]
+
+    def _step(self) -> None:
+        """One Adam step over a step's sequences, in passes that fit, and the proximal step of the L1 term."""
+        s = self.settings
+        rng = random.Random(f"direct/{s.seed}/{len(self.losses)}")
+        chosen = rng.sample(range(len(self.targets)), min(s.targets_per_step, len(self.targets)))
+        kept = rng.sample(range(len(self.keeps)), min(s.keeps_per_step, len(self.keeps)))
+        batch = [(self.targets[i], -1) for i in chosen] + [(self.keeps[i], i) for i in kept]
+        counts = [sum(len(response_ids(one, most=s.response_tokens)) for one, i in batch if (i < 0) == side)
+                  for side in (True, False)]  # fmt: skip
+        rate = min(1.0, 2.0 * (1.0 - self._spent()))
+        self.optimizer.param_groups[0]["lr"] = s.learning_rate * rate
+        self.optimizer.zero_grad()
+        change = keep = 0.0
+        for part in _passes(batch, s.pass_positions):
+            changed, held = self._loss(part)
+            loss = changed / counts[0] + s.keep_weight * held / counts[1]
+            if not bool(torch.isfinite(loss)):
+                raise _diverged(self.model, len(self.losses))
+            loss.backward()  # type: ignore[no-untyped-call]
+            change += float(changed) / counts[0]
+            keep += float(held) / counts[1]
+            self.tokens += len(part) * max(len(one.token_ids) for one, _ in part)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.strength_LE.copy_(self.strength_LE.sign() * (self.strength_LE.abs() - s.l1 * rate).clamp(min=0))
+        self.losses.append((change, keep))
+
+    def _loss(self, part: Sequence[tuple[EncodedResponse, int]]) -> tuple[Tensor, Tensor]:
+        """(summed cross-entropy of wanted responses, summed KL on kept ones) of one pass; targets come first."""
+        s = self.settings
+        logits = self.model.response_logits(
+            [one for one, _ in part], bias_LE=self.sigma_L[:, None] * self.strength_LE, most=s.response_tokens,
+            checkpointing=s.checkpointing,
+        ).float()  # fmt: skip
+        ids = [response_ids(one, most=s.response_tokens) for one, i in part if i < 0]
+        wanted = torch.cat([*ids, torch.empty(0, dtype=torch.long)]).to(logits.device)
+        changed = nn.functional.cross_entropy(logits[: len(wanted)], wanted, reduction="sum")
+        kept = [i for _, i in part if i >= 0]
+        if not kept:
+            return changed, logits.new_zeros(())
+        steered = logits[len(wanted) :].log_softmax(-1)
+        return changed, nn.functional.kl_div(steered, self.teacher(kept), log_target=True, reduction="sum")
+
+    # ---- going on after a kill
+
+    def _save(self) -> None:
+        assert self.state is not None
+        adam = self.optimizer.state[self.strength_LE]
+        tensors = {"strength": self.strength_LE.detach(), **{n: adam[n] for n in ("exp_avg", "exp_avg_sq", "step")}}
+        done = {"plan": self.plan, "losses": self.losses, "tokens": self.tokens, "seconds": self.seconds}
+        data = save_tensors(
+            {name: value.cpu().contiguous() for name, value in tensors.items()},
+            metadata={"direct": files.dumps(done, indent=None)},
+        )
+        files.write_bytes(self.state, data)
+
+    def _resume(self) -> None:
+        """Take up a saved state of the same plan; one that is of another plan or damaged is left behind."""
+        if self.state is None or not self.state.exists():
+            return
+        try:
+            data = files.read_bytes(self.state, kind="mask")
+            length = int.from_bytes(data[:8], "little")
+            done = files.parse_json(files.parse_json(data[8 : 8 + length].decode())["__metadata__"]["direct"])
+            tensors = load_tensors(data)
+        except (FileError, SafetensorError, ValueError, KeyError, TypeError):
+            return
+        if done.get("plan") != self.plan:
+            return
+        with torch.no_grad():
+            self.strength_LE.copy_(tensors["strength"])
+        names = ("exp_avg", "exp_avg_sq")
+        moments = {name: tensors[name].to(self.strength_LE.device) for name in names}
+        self.optimizer.state[self.strength_LE] = {**moments, "step": tensors["step"]}
+        self.losses = [(float(change), float(keep)) for change, keep in done["losses"]]
+        self.tokens, self.seconds = int(done["tokens"]), float(done["seconds"])
 
 
 class _Teacher:
     """Unsteered log-probabilities of the kept responses: once for all if they fit, else anew for each step."""
 
-    def __init__(self, model: ThroughModel, keeps: Sequence[EncodedResponse], most: int) -> None:
-        self.model, self.keeps, self.most = model, keeps, most
+    def __init__(self, model: ThroughModel, keeps: Sequence[EncodedResponse], settings: Settings) -> None:
+        self.model, self.keeps, self.most = model, keeps, settings.response_tokens
         self.stored: list[Tensor] | None = None
-        counts = [len(_response_ids([keep], most)) for keep in keeps]
+        counts = [len(response_ids(keep, most=self.most)) for keep in keeps]
         first = self._compute([0])
         if sum(counts) * first.shape[-1] * 4 > TEACHER_BYTES:
             return
-        self.stored = []
-        for start in range(0, len(keeps), 64):
-            part = list(range(start, min(start + 64, len(keeps))))
-            self.stored += list(torch.split(self._compute(part), [counts[i] for i in part]))
+        stored: dict[int, Tensor] = {}
+        numbered = [(keep, i) for i, keep in enumerate(keeps)]
+        for part in _passes(numbered, settings.pass_positions):
+            chosen = [i for _, i in part]
+            stored |= dict(zip(chosen, torch.split(self._compute(chosen), [counts[i] for i in chosen]), strict=True))
+        self.stored = [stored[i] for i in range(len(keeps))]
 
     def _compute(self, chosen: Sequence[int]) -> Tensor:
         with torch.no_grad():
@@ -163,12 +328,17 @@ class _Teacher:
         return torch.cat([self.stored[i] for i in chosen])
 
 
-def _response_ids(sequences: Sequence[EncodedResponse], most: int) -> Tensor:
-    ids: list[int] = []
-    for encoded in sequences:
-        start, end = encoded.spans["response"]
-        ids += encoded.token_ids[start : min(end, start + most)]
-    return torch.tensor(ids)
+def _passes(batch: Sequence[tuple[EncodedResponse, int]], positions: int) -> list[list[tuple[EncodedResponse, int]]]:
+    """The batch in order, in parts of at most `positions` rows x longest (a longer sequence is a part by itself)."""
+    parts: list[list[tuple[EncodedResponse, int]]] = []
+    longest = 0
+    for one in batch:
+        longest = max(longest, len(one[0].token_ids))
+        if not parts or (len(parts[-1]) + 1) * longest > positions:
+            parts.append([])
+            longest = len(one[0].token_ids)
+        parts[-1].append(one)
+    return parts
 
 
 def _diverged(model: ThroughModel, step: int) -> NanLogitsError:
@@ -178,3 +348,14 @@ def _diverged(model: ThroughModel, step: int) -> NanLogitsError:
         expected="finite numbers",
         do="load the model with --dtype float32 or bfloat16, or lower the learning rate",
     )
+
+
+METHOD = Method(
+    name="direct",
+    title="optimised through the model, with a term that keeps protected answers",
+    detect=detect,
+    through_model=True,
+    alphas=(0.2, 0.25, 0.3, 0.35, 0.4, 0.5),
+    gated=True,
+    gated_alphas=(0.5, 0.75, 1.0),
+)

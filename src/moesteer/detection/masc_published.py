@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import nn
 
 from moesteer.detection import surrogate
 from moesteer.detection.base import Detection, additive_mask, require_logits, require_span, require_unsteered, two_sides
+from moesteer.detection.logistic import as_facts, plain_classifiers
+from moesteer.detection.method import Method
 from moesteer.trace import TraceReader
 
 ZERO_BELOW = 0.1
@@ -36,53 +37,59 @@ def detect(
 ) -> Detection:
     """A mask that moves the surrogate's verdict towards `toward`.
 
-    l1: lambda of the paper, one of LAMBDAS there. Facts hold the surrogate's accuracy and that of a rule that
-    looks at nothing but the number of tokens.
+    l1: lambda of the paper, one of LAMBDAS there. Facts hold the surrogate's held-out accuracy beside that of
+    classifiers that see no routing, and a warning where these do as well.
     """
     require_unsteered(trace)
     require_span(trace, span)
     require_logits(trace)
     wanted, other = two_sides(trace.rows, toward=toward, where=str(trace.folder))
-    sequences, labels = [], []
+    sequences, labels, token_ids = [], [], []
     for row, arrays in trace.sequences(wanted | other):
         part = arrays["logits"][row.span(span)].astype(np.float32)
         if len(part):
             sequences.append(part)
             labels.append(1 if row.id in wanted else 0)
-    fitted = surrogate.fit(sequences, labels, seed=seed)
-    sigma = torch.from_numpy(trace.sigma_L)
-    inputs, lengths = surrogate.pad(sequences)
+            token_ids.append(np.asarray(arrays["token_ids"][row.span(span)]))
+    data = surrogate.Sequences.of(sequences, labels)
     generator = torch.Generator().manual_seed(seed)
-    matrix = torch.randn(inputs.shape[2:], generator=generator) * start_std
+    order = torch.randperm(len(labels), generator=generator).tolist()
+    cut = max(1, int(0.8 * len(order)))
+    train, held = order[:cut], order[cut:]
+    stack = surrogate.fit("lstm", data, train=train, classes=2, seeds=[seed])
+    sigma = torch.from_numpy(trace.sigma_L)
+    inputs, lengths = data.logits_NTLE[None], data.lengths_N
+    matrix = torch.randn(tuple(inputs.shape[3:]), generator=generator) * start_std
     matrix.requires_grad_(True)
     optimizer = torch.optim.Adam([matrix], lr=learning_rate)
-    target = torch.ones(len(labels))
+    target = torch.ones(len(labels), dtype=torch.long)
     for _ in range(epochs):
-        verdict = fitted.model(inputs + (sigma[:, None] * matrix), lengths)
-        loss = nn.functional.binary_cross_entropy_with_logits(verdict, target) + l1 * matrix.abs().sum()
+        verdict = stack(inputs + (sigma[:, None] * matrix), lengths)
+        loss = stack.loss(verdict, target).sum() + l1 * matrix.abs().sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     with torch.no_grad():
-        moved = float((fitted.model(inputs + sigma[:, None] * matrix, lengths) > 0).float().mean())
+        moved = float(stack.classes(stack(inputs + sigma[:, None] * matrix, lengths)).float().mean())
     strength = matrix.detach().numpy().copy()
     strength[np.abs(strength) <= ZERO_BELOW] = 0.0
     settings = {"span": span, "l1": l1, "seed": seed, "epochs": epochs, "start_std": start_std}
     mask = additive_mask(trace, strength, trace.sigma_L, method="masc-published", toward=toward, settings=settings)
+    plain = plain_classifiers(token_ids, labels, train=train, held=held)
     facts = {
-        "surrogate_train_accuracy": fitted.train_accuracy,
-        "surrogate_held_out_accuracy": fitted.held_out_accuracy,
-        "surrogate_held_out": fitted.held_out,
-        "length_only_accuracy": _length_rule(lengths.numpy(), np.array(labels)),
+        **as_facts(float(surrogate.accuracy(stack, data, held)[0]), plain),
+        "surrogate_train_accuracy": float(surrogate.accuracy(stack, data, train)[0]),
+        "surrogate_held_out": len(held),
         "moved_to_wanted_class": moved,
     }
     return Detection(mask, strength, facts)
 
 
-def _length_rule(lengths_N: np.ndarray, labels_N: np.ndarray) -> float:
-    """Accuracy of the best threshold on the number of tokens, either way round."""
-    best = 0.0
-    for threshold in np.unique(lengths_N):
-        right = float(((lengths_N >= threshold) == (labels_N == 1)).mean())
-        best = max(best, right, 1.0 - right)
-    return best
+METHOD = Method(
+    name="masc-published",
+    title="MASCing's surrogate as published",
+    detect=detect,
+    contrast="published",
+    variants=({"l1": 0.0}, {"l1": 1e-5}, {"l1": 1e-4}, {"l1": 1e-3}),
+    alphas=(0.25, 0.5, 1.0, 1.5, 2.0),
+)

@@ -1,93 +1,226 @@
-"""The LSTM surrogate of a routing trace (MASCing, arXiv:2604.27818, section 3.2).
+"""Surrogates of a routing trace: small classifiers that stand in for the model while a mask is optimised.
 
-LayerNorm over the E experts of a layer, Linear(E, 16) shared by all layers, flattened to 16 L, one LSTM layer
-of 64 over the tokens, Linear to one logit. Trained with binary cross-entropy, Adam 1e-2, 15 epochs, batch 512,
-on a random 80/20 split.
+Three kinds behind one interface, all of router logits [T, L, E] of one sequence:
+
+- **lstm**: LayerNorm over the E experts of a layer, Linear(E, 16) shared by all layers, flattened to 16 L, one LSTM
+  layer of 64 over the tokens, Linear (MASCing, arXiv:2604.27818, section 3.2).
+- **gru**: the same with a GRU layer.
+- **linear**: one linear map of the logits averaged over the tokens: what the other two must beat.
+
+A `Stack` holds G surrogates of one kind that differ in their random start, as one set of tensors with G in front, so
+that all seeds are fitted, and all masks optimised through them, in one batch.
+
+Sizes: G surrogates, B sequences, T tokens (right-padded), L layers, E experts, C outputs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from moesteer.errors import NanLogitsError, UnknownNameError
+
+Kind = Literal["lstm", "gru", "linear"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 PROJECTION = 16
 HIDDEN = 64
 
 
-class LstmSurrogate(nn.Module):
-    """Routing logits of one sequence -> the logit of label 1."""
+class Stack(nn.Module):
+    """G surrogates of one kind, each started from its own seed."""
 
-    def __init__(self, layers: int, experts: int) -> None:
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    scale: Tensor
+    norm: Tensor
+    norm_bias: Tensor
+    project: Tensor
+    project_bias: Tensor
+    enter: Tensor
+    enter_bias: Tensor
+    turn: Tensor
+    turn_bias: Tensor
+    head: Tensor
+    head_bias: Tensor
+
+    def __init__(self, kind: Kind, *, layers: int, experts: int, outputs: int, seeds: Sequence[int]) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(experts)
-        self.project = nn.Linear(experts, PROJECTION)
-        self.lstm = nn.LSTM(PROJECTION * layers, HIDDEN, batch_first=True)
-        self.head = nn.Linear(HIDDEN, 1)
+        if kind not in KINDS:
+            raise UnknownNameError(
+                f"no surrogate {kind!r}", where="surrogate", expected=", ".join(KINDS), do="name one of these"
+            )
+        self.kind, self.outputs, self.seeds = kind, outputs, tuple(seeds)
+        inner = PROJECTION * layers
+        gates = {"lstm": 4 * HIDDEN, "gru": 3 * HIDDEN, "linear": 0}[kind]
+        if kind == "linear":
+            # no random start: a convex fit has one answer
+            self.weight = nn.Parameter(torch.zeros(len(seeds), layers * experts, outputs))
+            self.bias = nn.Parameter(torch.zeros(len(seeds), outputs))
+            self.register_buffer("mean", torch.zeros(layers * experts))
+            self.register_buffer("scale", torch.ones(layers * experts))
+            return
+        shapes = {
+            "project": ((experts, PROJECTION), experts), "project_bias": ((PROJECTION,), experts),
+            "enter": ((inner, gates), HIDDEN), "enter_bias": ((gates,), HIDDEN),
+            "turn": ((HIDDEN, gates), HIDDEN), "turn_bias": ((gates,), HIDDEN),
+            "head": ((HIDDEN, outputs), HIDDEN), "head_bias": ((outputs,), HIDDEN),
+        }  # fmt: skip
+        made: dict[str, list[Tensor]] = {name: [] for name in shapes}
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            for name, (shape, fan) in shapes.items():
+                made[name].append((torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(fan))
+        for name, parts in made.items():
+            setattr(self, name, nn.Parameter(torch.stack(parts)))
+        self.norm = nn.Parameter(torch.ones(len(seeds), experts))
+        self.norm_bias = nn.Parameter(torch.zeros(len(seeds), experts))
 
-    def forward(self, logits_BTLE: Tensor, lengths_B: Tensor) -> Tensor:
-        """[B] logits from right-padded logits_BTLE and true lengths."""
-        projected = self.project(self.norm(logits_BTLE)).flatten(2)
-        states, _ = self.lstm(projected)
-        last = states[torch.arange(len(lengths_B)), lengths_B - 1]
-        verdict: Tensor = self.head(last).squeeze(-1)
-        return verdict
+    def forward(self, logits_GBTLE: Tensor, lengths_B: Tensor) -> Tensor:
+        """[G, B, C] from right-padded logits (their G may be 1: the same for every surrogate) and true lengths."""
+        if self.kind == "linear":
+            return self._linear(logits_GBTLE, lengths_B)
+        normed = nn.functional.layer_norm(logits_GBTLE, logits_GBTLE.shape[-1:])
+        normed = normed * self.norm[:, None, None, None] + self.norm_bias[:, None, None, None]
+        projected = torch.einsum("gbtle,gep->gbtlp", normed, self.project) + self.project_bias[:, None, None, None]
+        entering = torch.einsum("gbti,gih->gbth", projected.flatten(3), self.enter) + self.enter_bias[:, None, None]
+        states = self._lstm(entering) if self.kind == "lstm" else self._gru(entering)
+        last = states[lengths_B - 1, :, torch.arange(len(lengths_B))]  # [B, G, H]
+        return torch.einsum("bgh,ghc->gbc", last, self.head) + self.head_bias[:, None]
+
+    def _linear(self, logits_GBTLE: Tensor, lengths_B: Tensor) -> Tensor:
+        inside = (torch.arange(logits_GBTLE.shape[2]) < lengths_B[:, None]).to(logits_GBTLE.dtype)
+        pooled = torch.einsum("gbtle,bt->gble", logits_GBTLE, inside / lengths_B[:, None]).flatten(2)
+        scaled = ((pooled - self.mean) / self.scale).expand(len(self.seeds), -1, -1)
+        return torch.baddbmm(self.bias[:, None], scaled, self.weight)
+
+    def _lstm(self, entering_GBTH: Tensor) -> Tensor:
+        """States [T, G, B, H]; gates in torch's order i, f, g, o."""
+        shape = (*entering_GBTH.shape[:2], HIDDEN)
+        hidden, cell = entering_GBTH.new_zeros(shape), entering_GBTH.new_zeros(shape)
+        states = []
+        for token in range(entering_GBTH.shape[2]):
+            gates = torch.baddbmm(self.turn_bias[:, None], hidden, self.turn) + entering_GBTH[:, :, token]
+            let, forget, new, out = gates.chunk(4, dim=-1)
+            cell = forget.sigmoid() * cell + let.sigmoid() * new.tanh()
+            hidden = out.sigmoid() * cell.tanh()
+            states.append(hidden)
+        return torch.stack(states)
+
+    def _gru(self, entering_GBTH: Tensor) -> Tensor:
+        """States [T, G, B, H]; gates in torch's order r, z, n."""
+        hidden = entering_GBTH.new_zeros((*entering_GBTH.shape[:2], HIDDEN))
+        states = []
+        for token in range(entering_GBTH.shape[2]):
+            turned = torch.baddbmm(self.turn_bias[:, None], hidden, self.turn).chunk(3, dim=-1)
+            entered = entering_GBTH[:, :, token].chunk(3, dim=-1)
+            reset, keep = ((turned[i] + entered[i]).sigmoid() for i in range(2))
+            hidden = (1 - keep) * (entered[2] + reset * turned[2]).tanh() + keep * hidden
+            states.append(hidden)
+        return torch.stack(states)
+
+    def loss(self, verdicts_GBC: Tensor, labels_B: Tensor) -> Tensor:
+        """[G] mean cross-entropy; binary where there is one output (MASCing's)."""
+        if self.outputs == 1:
+            wanted = labels_B.to(verdicts_GBC.dtype).expand(len(verdicts_GBC), -1)
+            each = nn.functional.binary_cross_entropy_with_logits(verdicts_GBC[..., 0], wanted, reduction="none")
+        else:
+            flat = nn.functional.cross_entropy(
+                verdicts_GBC.flatten(0, 1), labels_B.repeat(len(verdicts_GBC)), reduction="none"
+            )
+            each = flat.view(len(verdicts_GBC), -1)
+        return each.mean(1)
+
+    def classes(self, verdicts_GBC: Tensor) -> Tensor:
+        """[G, B] class of each sequence."""
+        return (verdicts_GBC[..., 0] > 0).long() if self.outputs == 1 else verdicts_GBC.argmax(-1)
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A frozen surrogate and its accuracy on the split it was trained on and on the one held out."""
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Padded sequences: logits [N, T, L, E] (float32, on the CPU), lengths and classes [N]."""
 
-    model: LstmSurrogate
-    train_accuracy: float
-    held_out_accuracy: float
-    held_out: int
+    logits_NTLE: Tensor
+    lengths_N: Tensor
+    labels_N: Tensor
 
+    @classmethod
+    def of(cls, sequences: Sequence[NDArray[np.float32]], labels: Sequence[int]) -> Sequences:
+        """From sequences [T, L, E] and their classes."""
+        tensors = [torch.from_numpy(np.ascontiguousarray(s, dtype=np.float32)) for s in sequences]
+        padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+        return cls(padded, torch.tensor([len(s) for s in sequences]), torch.tensor(list(labels)))
 
-def pad(sequences: Sequence[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
-    """(logits_BTLE right-padded with zeros, lengths_B) of sequences [T, L, E]."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    tensors = [torch.from_numpy(np.ascontiguousarray(s, dtype=np.float32)) for s in sequences]
-    return nn.utils.rnn.pad_sequence(tensors, batch_first=True), lengths
+    def part(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits [1, B, T, L, E] cut to the longest chosen, lengths, labels)."""
+        lengths = self.lengths_N[chosen]
+        return self.logits_NTLE[chosen, : int(lengths.max())][None], lengths, self.labels_N[chosen]
 
 
 def fit(
-    sequences: Sequence[NDArray[np.float32]],
-    labels: Sequence[int],
+    kind: Kind,
+    data: Sequences,
     *,
-    seed: int,
+    train: Sequence[int],
+    classes: int,
+    seeds: Sequence[int],
     epochs: int = 15,
     batch: int = 512,
     learning_rate: float = 1e-2,
-) -> Fitted:
-    """Train a surrogate. sequences: [T, L, E] each; labels: 0 or 1, one per sequence. Same seed, same result
-    on one machine with one thread count."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LstmSurrogate(sequences[0].shape[1], sequences[0].shape[2])
-    inputs, lengths = pad(sequences)
-    targets = torch.tensor(labels, dtype=torch.float32)
-    order = torch.randperm(len(labels), generator=generator)
-    train, held = order[: max(1, int(0.8 * len(order)))], order[max(1, int(0.8 * len(order))) :]
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+) -> Stack:
+    """Frozen surrogates, one per seed, fitted on the sequences `train` (Adam; MASCing's numbers are the defaults).
+
+    classes 2 gives one output and binary cross-entropy, as published. The same seeds give the same result on one
+    machine with one thread count. Raises NanLogitsError when a fit diverges.
+    """
+    _, _, layers, experts = data.logits_NTLE.shape
+    outputs = 1 if classes == 2 else classes
+    stack = Stack(kind, layers=layers, experts=experts, outputs=outputs, seeds=seeds)
+    chosen = torch.tensor(list(train))
+    if kind == "linear":
+        _standardise(stack, data, chosen)
+    optimizer = torch.optim.Adam(stack.parameters(), lr=learning_rate, weight_decay=1e-2 if kind == "linear" else 0.0)
+    order = torch.Generator().manual_seed(min(seeds))
     for _ in range(epochs):
-        shuffled = train[torch.randperm(len(train), generator=generator)]
-        for part in torch.split(shuffled, batch):
-            loss = nn.functional.binary_cross_entropy_with_logits(model(inputs[part], lengths[part]), targets[part])
+        for part in torch.split(chosen[torch.randperm(len(chosen), generator=order)], batch):
+            logits, lengths, labels = data.part(part)
+            loss = stack.loss(stack(logits, lengths), labels).sum()
+            if not bool(torch.isfinite(loss)):
+                raise NanLogitsError(
+                    f"the {kind} surrogate's loss is not finite",
+                    where=f"{len(chosen)} sequences, learning rate {learning_rate:g}",
+                    expected="finite numbers",
+                    do="lower the learning rate, or check the trace for extreme logits",
+                )
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-    model.eval().requires_grad_(False)
+    return stack.eval().requires_grad_(False)
 
-    def accuracy(part: Tensor) -> float:
-        if not len(part):
-            return float("nan")
-        with torch.no_grad():
-            return float(((model(inputs[part], lengths[part]) > 0) == (targets[part] > 0.5)).float().mean())
 
-    return Fitted(model, accuracy(train), accuracy(held), len(held))
+def accuracy(stack: Stack, data: Sequences, chosen: Sequence[int], *, batch: int = 512) -> NDArray[np.float64]:
+    """[G] share of the chosen sequences put into their class; NaN where none are."""
+    if not len(chosen):
+        return np.full(len(stack.seeds), np.nan)
+    right = torch.zeros(len(stack.seeds))
+    with torch.no_grad():
+        for part in torch.split(torch.tensor(list(chosen)), batch):
+            logits, lengths, labels = data.part(part)
+            right += (stack.classes(stack(logits, lengths)) == labels).sum(1)
+    return right.numpy().astype(np.float64) / len(chosen)
+
+
+def _standardise(stack: Stack, data: Sequences, chosen: Tensor) -> None:
+    """Mean and deviation of the pooled logits, so that one penalty and one learning rate fit every expert."""
+    logits, lengths, _ = data.part(chosen)
+    inside = (torch.arange(logits.shape[2]) < lengths[:, None]).float() / lengths[:, None]
+    pooled = torch.einsum("btle,bt->ble", logits[0], inside).flatten(1)
+    stack.mean.copy_(pooled.mean(0))
+    stack.scale.copy_(pooled.std(0) + 1e-6)

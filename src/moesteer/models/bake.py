@@ -63,6 +63,13 @@ def require_bakeable(mask: SteeringMask) -> Bake:
 
     Raises ModelError for a family that can hold no mask, MaskContentError for the wrong form of mask.
     """
+    if mask.gated:
+        raise MaskContentError(
+            "a gated mask cannot be baked: a checkpoint's tensors act on every request",
+            where=f"the mask's gate, threshold {mask.info.gate.threshold if mask.info.gate else 0:g}",
+            expected="a mask without a gate",
+            do=f"take the gate off (mask.with_gate(None, None)) if it may act everywhere; else {RUNTIME}",
+        )
     model_type = mask.info.fingerprint.model_type
     family = FAMILIES.get(model_type)
     kind: Bake = family.bake if family is not None else ""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from moesteer.errors import MaskContentError
 from moesteer.mask import SteeringMask
@@ -28,6 +31,29 @@ def require_possible(mask: SteeringMask, routers: Sequence[Router]) -> None:
             expected="none switched on: a top-1 router has one place, and every token would take this expert in it",
             do="switch others off, or use an additive mask, which leaves the choice to the token",
         )
+
+
+def require_together(masks: Sequence[SteeringMask], alphas: Sequence[float | None], routers: Sequence[Router]) -> None:
+    """Raise MaskContentError for masks whose forces contradict each other, or together ask more than a layer has."""
+    forced = [
+        mask
+        for mask, alpha in zip(masks, alphas, strict=True)
+        if mask.force_LE is not None and (mask.info.alpha if alpha is None else alpha) != 0
+    ]
+    if len(forced) < 2:
+        return
+    tables = np.stack([mask.force_LE for mask in forced if mask.force_LE is not None])
+    both = (tables > 0).any(0) & (tables < 0).any(0)
+    if both.any():
+        row, expert = (int(i) for i in np.argwhere(both)[0])
+        raise MaskContentError(
+            "masks applied together switch the same expert on and off",
+            where=f"layer {routers[row].layer_id}, expert {expert}"
+            + (f", and {both.sum() - 1} more" * (both.sum() > 1)),
+            expected="forces that agree wherever two masks name the same expert",
+            do="make one mask of them with a rule: `moesteer mask compose --op union --conflict first`",
+        )
+    require_possible(replace(forced[0], force_LE=np.sign(tables.sum(0)).astype(np.int8)), routers)
 
 
 def limits(routers: Sequence[Router]) -> tuple[str, ...]:

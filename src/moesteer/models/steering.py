@@ -22,6 +22,7 @@ class Receipt:
     """What steering did. Positions count padding; a position passes every router once.
 
     changed of checked: selections (one router, one position) that steering changed, on each router's first call.
+    fired of gated: requests on which a gate fired, of those that one decided (one count per request and gated mask).
     """
 
     routers: int
@@ -30,12 +31,21 @@ class Receipt:
     positions: int = 0
     checked: int = 0
     changed: int = 0
+    gated: int = 0
+    fired: int = 0
+
+    @property
+    def did_nothing(self) -> bool:
+        """Whether a mask was to act (alpha not 0, no gate that stayed shut) and changed no selection."""
+        acted = any(alpha != 0 for alpha in self.alphas) and (self.fired > 0 or self.gated == 0)
+        return acted and self.changed == 0
 
     def __str__(self) -> str:
         share = f"{100 * self.changed / self.checked:.1f} %" if self.checked else "none"
+        gate = f"; the gate fired on {self.fired} of {self.gated} requests" if self.gated else ""
         return (
             f"{self.routers} routers steered over {self.positions} positions; "
-            f"{self.changed} of {self.checked} checked selections changed ({share})"
+            f"{self.changed} of {self.checked} checked selections changed ({share}){gate}"
         )
 
 
@@ -43,8 +53,8 @@ class MaskTables:
     """Steering tables, one row per mask, and the arithmetic on them. Row 0 is no steering, row m is mask m - 1.
 
     bias_LME: [L, M+1, E] in logits; force_LME: the same shape, 1 on, -1 off, 0 free. With one mask every batch
-    row is steered by it, unless `set_rows` says otherwise; with several, rows must be set before each forward
-    pass whose batch they describe. The arithmetic is that of routing.steer_logits, in float32.
+    row is steered by it, unless `set_rows` says otherwise; with several, or behind a gate, rows must be set
+    before each forward pass whose batch they describe. The arithmetic is that of routing.steer_logits, in float32.
     """
 
     def __init__(self, bias_LME: Tensor, force_LME: Tensor, *, receipt: Receipt) -> None:
@@ -93,9 +103,10 @@ class MaskTables:
             force[target.index, 1] = torch.from_numpy(force_E)
         return cls(bias, force, receipt=Receipt(len(routers), ("check",), (1.0,)))
 
-    def set_rows(self, rows: Sequence[int] | None) -> None:
-        """Which table row steers each batch row of the coming passes: 0 none, m the m-th mask.
+    def set_rows(self, rows: Sequence[int | Sequence[int]] | None) -> None:
+        """Which masks steer each batch row of the coming passes: 0 or () none, m the m-th, (1, 3) both together.
 
+        Biases of masks that act together add up; so do their forces, which must not contradict each other.
         Fewer rows than the batch has are spread evenly (beams, several returns), so [1] steers all of it.
         """
         self._bias, self._on_off = [], []
@@ -133,10 +144,10 @@ class MaskTables:
         """Steered logits, same shape and dtype (see routing.steer_logits)."""
         if not self._bias:
             raise InputError(
-                "several masks are applied, and nothing says which row of the batch takes which",
-                where="steering with one mask per row",
-                expected="rows given with the batch",
-                do="call model.generate(..., rows=[...]), or apply one mask at a time",
+                "nothing says which row of the batch takes which mask",
+                where="steering with one mask per row, or with a gate that decides by request",
+                expected="rows given with the batch, or whole requests for the gate to decide",
+                do="call model.generate(..., rows=[...]), apply one mask at a time, or take the gate off (with_gate)",
             )
         positions = logits_NE.shape[0]
         if router.index == 0:
@@ -188,8 +199,12 @@ class MaskTables:
         self.receipt.changed += int(differs.sum())
 
 
-def _rows_of(table_ME: Tensor, rows: Sequence[int]) -> Tensor:
-    return table_ME.index_select(0, torch.tensor(list(rows), device=table_ME.device))
+def _rows_of(table_ME: Tensor, rows: Sequence[int | Sequence[int]]) -> Tensor:
+    sets = [(row,) if isinstance(row, int) else tuple(row) or (0,) for row in rows]
+    if all(len(acting) == 1 for acting in sets):
+        return table_ME.index_select(0, torch.tensor([acting[0] for acting in sets], device=table_ME.device))
+    summed = torch.stack([table_ME[list(acting)].sum(0) for acting in sets])
+    return summed if table_ME.is_floating_point() else summed.clamp(-1, 1).to(table_ME.dtype)
 
 
 class BiasSteering:

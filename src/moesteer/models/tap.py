@@ -149,7 +149,7 @@ class RouterTap:
                 "the model is already steered",
                 where=f"{len(self.routers)} routers of one model",
                 expected="one steering at a time",
-                do="leave the first `with mask.apply(...)` block, or give both masks to one apply call",
+                do="leave the first `with mask.apply(...)` block, or apply both: model.steered([a, b], together=True)",
             )
         self._steering = steering
         try:
@@ -158,6 +158,17 @@ class RouterTap:
         finally:
             self._steering = None
             self._detach_if_idle()
+
+    @contextmanager
+    def unsteered(self) -> Iterator[None]:
+        """The model as it is inside the block, whatever steers it outside."""
+        outer, self._steering = self._steering, None
+        try:
+            yield
+        finally:
+            self._steering = outer
+            if outer is not None:
+                self._attach()  # a capture that ended inside took an idle tap off the model
 
     @contextmanager
     def record(self, capture: Capture) -> Iterator[None]:

@@ -1,0 +1,100 @@
+"""Gates in transformers: the unsteered pass over a request's prompt that decides whether a mask applies to it.
+
+A request is steered wholly or not at all. The prompt is read once without steering, its router logits are pooled,
+and where the gate fires the prompt is read again with the mask; nothing of the first pass is kept, so that no KV
+cache holds both (docs/gate.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moesteer import gate
+from moesteer.gate import Pool
+from moesteer.mask import SteeringMask
+from moesteer.models.check import backbone
+from moesteer.models.routers import Router
+
+if TYPE_CHECKING:
+    from moesteer.backends.hf import Encoded, Model
+
+POOL_POSITIONS = 16_384
+"""Positions (rows x padded length) of one pass."""
+
+
+class _Pooling:
+    """A Capture that averages every router's logits over some positions of every row."""
+
+    def __init__(self, routers: int, positions_P: Tensor, owner_P: Tensor, counts_N: Tensor) -> None:
+        self.positions, self.owner, self.counts = positions_P, owner_P, counts_N
+        self.pooled_L: list[Tensor | None] = [None] * routers
+
+    def logits(self, router: Router, logits_NW: Tensor) -> None:
+        """Add up the wanted positions of each row, in float32."""
+        wanted = logits_NW[:, : router.experts].index_select(0, self.positions.to(logits_NW.device)).float()
+        total = torch.zeros((len(self.counts), router.experts), device=wanted.device)
+        total.index_add_(0, self.owner.to(wanted.device), wanted)
+        self.pooled_L[router.index] = (total / self.counts.to(wanted.device)[:, None]).cpu()
+
+    def selected(self, router: Router, experts_NK: Tensor, weights_NK: Tensor) -> None:
+        """Not needed."""
+
+
+def pooled_logits(
+    model: Model, prompts: Sequence[Encoded], pools: Sequence[Pool]
+) -> Mapping[Pool, NDArray[np.float32]]:
+    """For each pool [N, L, E]: the unsteered router logits of every prompt, averaged over the pool's positions.
+
+    Responses, where the sequences hold some, are left out. One forward pass over the prompts, in batches by length.
+    """
+    from moesteer.backends.hf import length_batches
+
+    shape = (len(prompts), len(model.routers), model.fingerprint.experts)
+    found: dict[Pool, NDArray[np.float32]] = {pool: np.zeros(shape, dtype=np.float32) for pool in pools}
+    for batch in length_batches([e.spans["prompt"][1] for e in prompts], POOL_POSITIONS):
+        made = _pool_batch(model, [prompts[i] for i in batch], pools)
+        for pool in pools:
+            found[pool][batch] = made[pool]
+    return found
+
+
+def _pool_batch(model: Model, batch: Sequence[Encoded], pools: Sequence[Pool]) -> dict[Pool, NDArray[np.float32]]:
+    ids, attention = model.pad([e.token_ids[: e.spans["prompt"][1]] for e in batch], left=False)
+    width = ids.shape[1]
+    positions: list[int] = []
+    owner: list[int] = []
+    counts: list[int] = []
+    for number, pool in enumerate(pools):
+        for row, encoded in enumerate(batch):
+            start, end = gate.pooled_span(
+                pool, prompt=encoded.spans["prompt"], final_turn=encoded.spans.get("final_turn")
+            )
+            positions += range(row * width + start, row * width + end)
+            owner += [number * len(batch) + row] * (end - start)
+            counts.append(end - start)
+    capture = _Pooling(
+        len(model.routers), torch.tensor(positions), torch.tensor(owner), torch.tensor(counts, dtype=torch.float32)
+    )
+    with torch.inference_mode(), model.tap.record(capture), model.tap.unsteered():
+        backbone(model.hf)(input_ids=ids, attention_mask=attention, use_cache=False)
+    stacked = torch.stack([table for table in capture.pooled_L if table is not None], dim=1).numpy()
+    return {pool: stacked[i * len(batch) : (i + 1) * len(batch)] for i, pool in enumerate(pools)}
+
+
+def decide(model: Model, prompts: Sequence[Encoded], masks: Sequence[SteeringMask]) -> NDArray[np.bool_]:
+    """[N, M] whether each mask may act on each request: everywhere for a mask without a gate."""
+    allowed = np.ones((len(prompts), len(masks)), dtype=bool)
+    pools = sorted({mask.info.gate.pool for mask in masks if mask.info.gate is not None})
+    if not pools or not prompts:
+        return allowed
+    pooled = pooled_logits(model, prompts, pools)
+    for number, mask in enumerate(masks):
+        if mask.info.gate is not None and mask.gate_LE is not None:
+            allowed[:, number] = gate.fires(mask.gate_LE, mask.info.gate, pooled[mask.info.gate.pool])
+    return allowed

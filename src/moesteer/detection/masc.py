@@ -1,0 +1,304 @@
+"""MASCing made sound (after arXiv:2604.27818): a mask optimised through surrogates of the routing.
+
+What differs from the paper, and why:
+
+- **Matched labels.** Both sides are conversations of the target suite, of one length and topic: those in which the
+  model showed the wanted behaviour by itself, and those in which it did not. (Published: multi-turn attacks against
+  single requests, which length alone tells apart.)
+- **Keep classes.** Protected conversations are a class of their own. The optimised logits of an unwanted conversation
+  must be classified as wanted; those of a wanted or a protected one must keep their class.
+- **Zero start and a proximal step.** S starts at zero and is shrunk after each Adam step, so that a zero is a zero and
+  whatever is not zero was asked for. (Published: a random dense start, most of which stays.)
+- **lambda counts per entry**: the penalty is lambda |S|_1 / (L E), so that one lambda means the same on any model.
+- **Tokens from the last user message to the end of the prompt** (span final_turn): the last position, where the
+  reply is decided, is among them.
+- Several surrogates (seeds) and several lambdas are optimised in one batch; a mask is optimised through all seeds at
+  once, so that what only one surrogate believes averages out.
+
+    minimise over S   mean over seeds  CE(f(z + sigma S), class)  + lambda |S|_1 / (L E)
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moesteer.detection import surrogate
+from moesteer.detection.base import Detection, additive_mask, require_logits, require_span, require_unsteered, two_sides
+from moesteer.detection.logistic import as_facts, plain_classifiers
+from moesteer.detection.method import Method
+from moesteer.detection.proximal import shrink
+from moesteer.errors import InputError
+from moesteer.progress import Progress
+from moesteer.trace import TraceReader
+
+UNWANTED, WANTED, KEEP = 0, 1, 2
+HELD_OUT = 0.2
+BATCH_BYTES = 256 * 1024 * 1024
+"""Steered logits of one step, over all lambdas, stay below this: the batch shrinks where they would not."""
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """A trace's sequences with their classes; ids of tokens for the plain classifiers."""
+
+    data: surrogate.Sequences
+    groups: list[str]
+    token_ids: list[NDArray[np.int32]]
+
+    def rows(self, *labels: int) -> list[int]:
+        """Numbers of the sequences in these classes."""
+        return [i for i, label in enumerate(self.data.labels_N.tolist()) if label in labels]
+
+
+def read(trace: TraceReader, *, toward: str, keep: Sequence[str], span: str) -> Labelled:
+    """Classes by label: `toward` is wanted, those in `keep` are to be kept, every other label is unwanted."""
+    require_unsteered(trace)
+    require_span(trace, span)
+    require_logits(trace)
+    contrast = [row for row in trace.rows if row.label not in keep]
+    wanted, other = two_sides(contrast, toward=toward, where=str(trace.folder))
+    kept = {row.id for row in trace.rows if row.label in keep}
+    sequences, labels, groups, token_ids = [], [], [], []
+    for row, arrays in trace.sequences(wanted | other | kept):
+        part = arrays["logits"][row.span(span)].astype(np.float32)
+        if not len(part):
+            continue
+        sequences.append(part)
+        labels.append(KEEP if row.id in kept else WANTED if row.id in wanted else UNWANTED)
+        groups.append(row.group)
+        token_ids.append(np.asarray(arrays["token_ids"][row.span(span)]))
+    return Labelled(surrogate.Sequences.of(sequences, labels), groups, token_ids)
+
+
+def split_by_group(groups: Sequence[str], *, seed: int, share: float = HELD_OUT) -> tuple[list[int], list[int]]:
+    """(train, held out) numbers of sequences; a group (behaviour) is never on both sides."""
+    names = sorted(set(groups))
+    random.Random(f"surrogate/{seed}").shuffle(names)
+    held_names = set(names[: max(1, round(share * len(names)))]) if len(names) > 1 else set()
+    held = [i for i, group in enumerate(groups) if group in held_names]
+    return [i for i, group in enumerate(groups) if group not in held_names], held
+
+
+def detect_grid(
+    trace: TraceReader,
+    variants: Sequence[Mapping[str, Any]],
+    *,
+    toward: str,
+    seed: int = 0,
+    l1: float = 1.0,
+    **settings: Any,
+) -> list[Detection]:
+    """One mask per variant. Variants that differ in l1 alone are optimised in one batch through one set of surrogates.
+
+    A lambda that leaves no expert gives no mask, unless none of them does.
+    """
+    batches: dict[str, tuple[dict[str, Any], list[float]]] = {}
+    for variant in variants:
+        own = {**settings, **{name: value for name, value in variant.items() if name != "l1"}}
+        batches.setdefault(repr(sorted(own.items())), (own, []))[1].append(float(variant.get("l1", l1)))
+    found: list[Detection] = []
+    for own, lambdas in batches.values():
+        found += _detect(trace, toward=toward, lambdas=lambdas, seed=seed, **own)
+    return found
+
+
+def _detect(
+    trace: TraceReader,
+    *,
+    toward: str,
+    lambdas: Sequence[float],
+    keep: Sequence[str] = ("keep",),
+    span: str = "final_turn",
+    surrogate_kind: surrogate.Kind = "lstm",
+    surrogates: int = 4,
+    start: str = "zero",
+    keep_weight: float = 2.0,
+    steps: int = 200,
+    batch: int = 96,
+    learning_rate: float = 0.05,
+    seed: int = 0,
+) -> list[Detection]:
+    """One mask per lambda, all optimised in one batch (see detect)."""
+    _require_settings(lambdas=lambdas, surrogates=surrogates, steps=steps, start=start)
+    found = read(trace, toward=toward, keep=keep, span=span)
+    train, held = split_by_group(found.groups, seed=seed)
+    classes = 3 if found.rows(KEEP) else 2
+    seeds = [1000 * seed + number for number in range(surrogates)]
+    stack = surrogate.fit(surrogate_kind, found.data, train=train, classes=classes, seeds=seeds, batch=batch)
+    facts = _facts(found, stack, train, held)
+    sigma = torch.from_numpy(trace.sigma_L)
+    matrix = _optimise(
+        stack, found, sigma, lambdas=lambdas, start=start, keep_weight=keep_weight, steps=steps, batch=batch,
+        learning_rate=learning_rate, seed=seed,
+    )  # fmt: skip
+    made = []
+    for number, l1 in enumerate(lambdas):
+        strength = matrix[number].numpy().astype(np.float32)
+        settings = {
+            "l1": l1, "keep": list(keep), "span": span, "surrogate_kind": surrogate_kind, "surrogates": surrogates,
+            "start": start, "keep_weight": keep_weight, "steps": steps, "batch": batch,
+            "learning_rate": learning_rate, "seed": seed,
+        }  # fmt: skip
+        moved = {"moved_to_wanted_class": _moved(stack, found, sigma, matrix[number])} if strength.any() else {}
+        if not strength.any():
+            continue  # a lambda that leaves nothing is no candidate; none left is an error below
+        mask = additive_mask(trace, strength, trace.sigma_L, method="masc", toward=toward, settings=settings)
+        made.append(Detection(mask, strength, {**facts, **moved}))
+    if not made:
+        additive_mask(
+            trace, matrix[-1].numpy(), trace.sigma_L, method="masc", toward=toward, settings={"lambdas": list(lambdas)}
+        )
+    return made
+
+
+def detect(
+    trace: TraceReader,
+    *,
+    toward: str,
+    l1: float = 1.0,
+    keep: Sequence[str] = ("keep",),
+    span: str = "final_turn",
+    surrogate_kind: surrogate.Kind = "lstm",
+    surrogates: int = 4,
+    start: str = "zero",
+    keep_weight: float = 2.0,
+    steps: int = 200,
+    batch: int = 96,
+    learning_rate: float = 0.05,
+    seed: int = 0,
+) -> Detection:
+    """A mask that moves the surrogates' verdict on unwanted conversations to wanted, and no other verdict.
+
+    toward: label of the wanted class; keep: labels whose class must stay; every other label is unwanted. l1: lambda,
+    of the mean |S|. surrogate_kind: lstm, gru or linear; surrogates: how many, each from its own seed. start: "zero",
+    or "random" (standard normal: the paper's, for comparison). keep_weight: of the loss on sequences that must keep
+    their class. Facts hold the surrogates' held-out accuracy (by behaviour) beside that of classifiers that see no
+    routing. Raises TraceLabelError, InputError, NoEffectError, NanLogitsError.
+    """
+    return _detect(
+        trace, toward=toward, lambdas=(l1,), keep=keep, span=span, surrogate_kind=surrogate_kind,
+        surrogates=surrogates, start=start, keep_weight=keep_weight, steps=steps, batch=batch,
+        learning_rate=learning_rate, seed=seed,
+    )[0]  # fmt: skip
+
+
+def _optimise(
+    stack: surrogate.Stack,
+    found: Labelled,
+    sigma_L: Tensor,
+    *,
+    lambdas: Sequence[float],
+    start: str,
+    keep_weight: float,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+) -> Tensor:
+    """S [lambdas, L, E]. Each lambda's S is pulled by every surrogate; all pass through in one batch."""
+    _, _, layers, experts = found.data.logits_NTLE.shape
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(lambdas), layers, experts)
+    matrix = torch.randn(shape, generator=generator) if start == "random" else torch.zeros(shape)
+    matrix.requires_grad_(True)
+    optimizer = torch.optim.Adam([matrix], lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2.0 * (1.0 - step / steps)))
+    penalty = torch.tensor(list(lambdas))[:, None, None] / (layers * experts)
+    change, hold = torch.tensor(found.rows(UNWANTED)), torch.tensor(found.rows(WANTED, KEEP))
+    each = _fitting(batch, found, len(lambdas)) // 2
+    with Progress("masc: through the surrogate", total=steps, unit="steps") as progress:
+        for _ in range(steps):
+            picked = [part[torch.randperm(len(part), generator=generator)[:each]] for part in (change, hold)]
+            loss = torch.zeros(())
+            for part, weight in zip(picked, (1.0, keep_weight), strict=True):
+                logits, lengths, labels = found.data.part(part)
+                goal = torch.where(labels == UNWANTED, torch.full_like(labels, WANTED), labels)
+                steered = logits + (sigma_L[:, None] * matrix)[:, None, None]
+                loss = loss + weight * _through_all(stack, steered, lengths, goal).sum()
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            with torch.no_grad():
+                shrink(matrix, optimizer, penalty_LE=penalty)
+            schedule.step()
+            progress.advance(1)
+    return matrix.detach()
+
+
+def _through_all(stack: surrogate.Stack, steered_MBTLE: Tensor, lengths_B: Tensor, goal_B: Tensor) -> Tensor:
+    """[M] loss of each lambda's logits, averaged over the surrogates: all M x G pairs in one pass."""
+    count = len(steered_MBTLE)
+    verdicts = stack(steered_MBTLE.flatten(0, 1)[None], lengths_B.repeat(count))
+    return stack.loss(verdicts.view(-1, len(goal_B), verdicts.shape[-1]), goal_B).view(-1, count).mean(0)
+
+
+def _fitting(batch: int, found: Labelled, count: int) -> int:
+    _, tokens, layers, experts = found.data.logits_NTLE.shape
+    return max(4, min(batch, BATCH_BYTES // (4 * tokens * layers * experts * count)))
+
+
+def _moved(stack: surrogate.Stack, found: Labelled, sigma_L: Tensor, matrix_LE: Tensor) -> float:
+    """Share of unwanted sequences that the surrogates put into the wanted class once steered."""
+    rows = torch.tensor(found.rows(UNWANTED))
+    total = 0.0
+    with torch.no_grad():
+        for part in torch.split(rows, 256):
+            logits, lengths, _ = found.data.part(part)
+            verdicts = stack.classes(stack(logits + sigma_L[:, None] * matrix_LE, lengths))
+            total += float((verdicts == WANTED).float().mean(0).sum())
+    return total / len(rows)
+
+
+def _facts(found: Labelled, stack: surrogate.Stack, train: list[int], held: list[int]) -> dict[str, Any]:
+    """Held-out accuracy of the surrogates on the contrast itself, and of the plain classifiers on the same split."""
+    contrast = set(found.rows(UNWANTED, WANTED))
+    inside, outside = [i for i in train if i in contrast], [i for i in held if i in contrast]
+    mine = surrogate.accuracy(stack, found.data, outside)
+    plain = plain_classifiers(found.token_ids, found.data.labels_N.tolist(), train=inside, held=outside)
+    return {
+        **as_facts(float(np.mean(mine)), plain),
+        "surrogate_train_accuracy": float(np.mean(surrogate.accuracy(stack, found.data, inside))),
+        "surrogate_keep_accuracy": float(
+            np.mean(surrogate.accuracy(stack, found.data, [i for i in held if i not in contrast]))
+        ),
+        "surrogate_held_out": len(outside),
+    }
+
+
+def _require_settings(*, lambdas: Sequence[float], surrogates: int, steps: int, start: str) -> None:
+    wrong = (
+        "no lambda was given" if not lambdas
+        else "a lambda is negative" if min(lambdas) < 0
+        else f"{surrogates} surrogates" if surrogates < 1
+        else f"{steps} steps" if steps < 1
+        else f"no start {start!r}" if start not in ("zero", "random")
+        else None
+    )  # fmt: skip
+    if wrong is not None:
+        raise InputError(
+            wrong,
+            where="masc",
+            expected="lambdas of zero or more, at least one surrogate and one step, start 'zero' or 'random'",
+            do="correct the setting",
+        )
+
+
+METHOD = Method(
+    name="masc",
+    title="MASCing with matched labels, keep classes and a zero start",
+    detect=detect,
+    contrast="matched",
+    grid=detect_grid,
+    variants=({"l1": 0.0}, {"l1": 0.1}, {"l1": 0.3}, {"l1": 1.0}),
+    alphas=(0.25, 0.5, 0.75, 1.0),
+    gated=True,
+    gated_alphas=(0.5, 1.0, 2.0),
+)

@@ -1,0 +1,179 @@
+"""results.json: what a run found, assembled from what was played on the test split and scored on select."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moesteer import runs
+from moesteer import scenario as scenarios
+from moesteer.backends.hf import Model
+from moesteer.evaluate import run as evaluation
+from moesteer.evaluate import stats
+from moesteer.scenario import Scenario
+from moesteer.select import BASE, Candidate, Scored
+
+NULL = "none-again"
+"""A second pass of the unsteered model: what a difference of nothing looks like."""
+
+
+@dataclass(frozen=True)
+class Played:
+    """A candidate on the test split: rows of responses/NAME.jsonl, what its receipt counted, and how long it took."""
+
+    candidate: Candidate
+    rows: list[dict[str, Any]]
+    receipt: dict[str, int] | None
+    seconds: float
+
+
+def results_of(
+    model: Model,
+    scenario: Scenario,
+    data: evaluation.Splits,
+    played: Mapping[str, Played],
+    *,
+    scored: Mapping[str, Sequence[Scored]],
+    chosen: Mapping[str, Scored],
+    best: str | None,
+    facts: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    detect_seconds: Mapping[str, float],
+    seed: int,
+) -> dict[str, Any]:
+    """The content of results.json. played: by name, "none" and NULL among them. chosen: each method's on select."""
+    none = played[BASE].rows
+    entries = {}
+    for name, found in played.items():
+        candidate = found.candidate
+        entries[name] = {
+            "mask": f"masks/{name}.safetensors" if candidate.mask is not None else None,
+            "alpha": candidate.alpha,
+            "experts": candidate.mask.expert_count if candidate.mask is not None else 0,
+            "setting": candidate.label if name not in (BASE, NULL) else None,
+            "gate": _gate_facts(candidate),
+            "feasible": chosen[name].feasible if name in chosen else None,
+            "margins": {suite: one.as_json() for suite, one in chosen[name].margins.items()} if name in chosen else {},
+            "seconds": {"detect": detect_seconds.get(name, 0.0), "evaluate": found.seconds},
+            "metrics": evaluation.metrics(scenario, found.rows),
+            "vs_none": {} if name == BASE else evaluation.against_none(scenario, none, found.rows, seed=seed),
+            "by_tactic": evaluation.by_tactic(scenario, found.rows),
+        }  # fmt: skip
+    _adjust(entries)
+    everything = [one for found in scored.values() for one in found]
+    return {
+        "schema": 1,
+        "model": _model_facts(model),
+        "scenario": scenarios.as_json(scenario),
+        "seed": seed,
+        "versions": runs.versions(),
+        "splits": _split_facts(data),
+        "methods": entries,
+        "trade_off": [_trade_off(one, chosen) for one in everything],
+        "recommended": best,
+        "facts": plain(dict(facts)),
+        "receipts": {name: found.receipt for name, found in played.items() if found.receipt is not None},
+        "checks": _checks(scenario, played, best, seed=seed),
+        "seconds": dict(seconds),
+    }
+
+
+def _adjust(entries: Mapping[str, dict[str, Any]]) -> None:
+    """Holm's correction: a family is one metric, every method and control against the model as it is."""
+    compared = {name: entry["vs_none"] for name, entry in entries.items() if name not in (BASE, NULL)}
+    for metric in {metric for found in compared.values() for metric in found}:
+        adjusted = stats.holm({name: found[metric]["p"] for name, found in compared.items() if metric in found})
+        for name, p in adjusted.items():
+            compared[name][metric]["p_holm"] = p
+
+
+def _gate_facts(candidate: Candidate) -> dict[str, Any] | None:
+    if candidate.mask is None or candidate.mask.info.gate is None:
+        return None
+    return candidate.mask.info.gate.model_dump(mode="json")
+
+
+def _model_facts(model: Model) -> dict[str, Any]:
+    fingerprint = model.fingerprint
+    return {
+        "name": model.name, "model_type": fingerprint.model_type, "layers": list(fingerprint.layer_ids),
+        "experts": fingerprint.experts, "top_k": fingerprint.top_k, "scoring": fingerprint.scoring,
+        "parameters": model.parameters, "router_sha256": fingerprint.router_sha256,
+        "dtype": str(next(model.hf.parameters()).dtype).removeprefix("torch."),
+        "device": str(model.device), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def _checks(scenario: Scenario, played: Mapping[str, Played], best: str | None, *, seed: int) -> list[dict[str, Any]]:
+    none, again = played[BASE].rows, played[NULL].rows
+    changed = sum(a["response"] != b["response"] for a, b in zip(none, again, strict=True))
+    checks = [
+        _check("self-check at load", True, "one steered layer selects what routing.py selects, and comes off"),
+        _check("unsteered twice gives the same replies", changed == 0, f"{changed} of {len(none)} differ"),
+        _check(
+            "a method within the margins was found", best is not None,
+            f"{best} on the select split" if best else "none of the candidates keeps every protected suite",
+        ),
+    ]  # fmt: skip
+    if best is None:
+        return checks
+    receipt = played[best].receipt
+    if receipt is not None:
+        detail = f"{receipt['changed']} of {receipt['checked']} checked selections"
+        checks.append(_check("the mask changes selections", receipt["changed"] > 0, detail))
+    for suite in scenario.protected:
+        pairs = [(b, a) for b, a in zip(none, played[best].rows, strict=True) if b["suite"] == suite.name]
+        found = stats.paired_difference(
+            [b["success"] for b, _ in pairs],
+            [a["success"] for _, a in pairs],
+            groups=[str(b["group"]) for b, _ in pairs],
+            seed=seed,
+        )
+        if found["difference"] is None or found["high"] is None:
+            continue
+        detail = f"{100 * found['difference']:+.1f} points on test, margin {100 * suite.margin:g}"
+        checks.append(_check(f"{suite.name} holds on test", found["high"] >= -suite.margin, detail))
+    return checks
+
+
+def _check(name: str, passed: bool, detail: str) -> dict[str, Any]:
+    return {"name": name, "passed": bool(passed), "detail": detail}
+
+
+def _trade_off(scored: Scored, chosen: Mapping[str, Scored]) -> dict[str, Any]:
+    candidate = scored.candidate
+    picked = chosen.get(candidate.method)
+    return {
+        "method": candidate.method,
+        "setting": candidate.label,
+        "alpha": candidate.alpha,
+        "experts": candidate.mask.expert_count if candidate.mask else 0,
+        "split": "select",
+        "metrics": {name: found["value"] for name, found in scored.metrics.items()},
+        "feasible": scored.feasible,
+        "chosen": picked is not None and picked.candidate.label == candidate.label,
+    }
+
+
+def _split_facts(data: evaluation.Splits) -> dict[str, dict[str, Any]]:
+    facts: dict[str, dict[str, Any]] = {"fit": {}, "select": {}, "test": {}}
+    for name, by_split in data.items():
+        for split, rows in by_split.items():
+            facts[split][name] = {
+                "n": len(rows),
+                "groups": len({row.group for row in rows}),
+                "tactics": sorted({row.tactic for row in rows if row.tactic}),
+            }
+    return facts
+
+
+def plain(value: Any) -> Any:
+    """JSON-ready: NaN (an accuracy of nothing held out) becomes null."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return None if isinstance(value, float) and value != value else value
