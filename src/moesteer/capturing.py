@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from moesteer import files
-from moesteer.backends.hf import Encoded, Model, length_batches
+from moesteer.backends.chat import Encoded
+from moesteer.backends.hf import Model, length_batches
 from moesteer.conversations import Conversation, request_and_response
 from moesteer.errors import EmptyDataError, TraceFileError, TraceLabelError, UnknownNameError
 from moesteer.models.routers import Router

@@ -25,10 +25,10 @@ class GateRate(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    value: float
-    low: float
-    high: float
-    n: int
+    value: float = Field(ge=0.0, le=1.0)
+    low: float = Field(ge=0.0, le=1.0)
+    high: float = Field(ge=0.0, le=1.0)
+    n: int = Field(ge=1)
 
 
 class GateInfo(BaseModel):

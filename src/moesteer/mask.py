@@ -235,6 +235,10 @@ class SteeringMask:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             raise _bad_file(f"its metadata is wrong at {place}: {first['msg']}", where=where) from error
+        if other := header.keys() ^ info.as_json().keys():
+            raise _bad_file(
+                f"format {info.format_version} has, or has not, the keys {', '.join(sorted(other))}", where=where
+            )
         shape = (len(info.fingerprint.layer_ids), info.fingerprint.experts)
         expected = {
             "force": (np.dtype(np.int8), shape),

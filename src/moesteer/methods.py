@@ -12,7 +12,8 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
-from moesteer.detection import direct, masc, masc_published
+from moesteer.detection import attribution, causal, direct, masc, masc_published
+from moesteer.detection.controls import CONTROLS
 from moesteer.detection.method import Method
 from moesteer.detection.risk_difference import METHODS as STEERMOE
 from moesteer.errors import InputError, UnknownNameError
@@ -23,6 +24,8 @@ BUILT_IN: tuple[Method, ...] = (
     masc_published.METHOD,
     masc.METHOD,
     direct.METHOD,
+    attribution.METHOD,
+    causal.METHOD,
 )
 DEFAULT = ("risk-difference", "masc-published", "masc", "direct")
 """What `steer` compares unless told otherwise."""
@@ -39,7 +42,7 @@ def methods() -> Mapping[str, Method]:
             raise _wrong(entry, f"it cannot be imported ({type(error).__name__}: {error})") from error
         if not isinstance(method, Method):
             raise _wrong(entry, f"it is a {type(method).__name__}")
-        if method.name in found:
+        if method.name in found or method.name in CONTROLS:
             raise _wrong(entry, f"there is a method {method.name!r} already")
         found[method.name] = method
     return found
@@ -67,13 +70,13 @@ def method(name: str) -> Method:
 
 TRIED = ("variants", "alphas", "gated_alphas", "false_positives")
 """Keys of a scenario's [settings.METHOD] that say what is tried on select; all others are the method's settings."""
-FALSE_POSITIVES = (0.0, 0.01, 0.03)
+FALSE_POSITIVES = (0.0, 0.0025, 0.005, 0.01)
 """Shares of protected requests on which a gate may fire: thresholds tried on select."""
 
 
-def settings_for(name: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def settings_for(chosen: Method, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what is tried, the method's own settings) for a scenario's [settings.NAME]. Raises UnknownNameError."""
-    chosen = method(name)
+    name = chosen.name
     own = {key: value for key, value in given.items() if key not in TRIED}
     chosen.check_settings(own, where=f"[settings.{name}] of the scenario")
     tried = {

@@ -18,7 +18,8 @@ from typing import Any
 
 from moesteer import contrasts, files, gates, runs
 from moesteer import scenario as scenarios
-from moesteer.backends.hf import Encoded, Model
+from moesteer.backends.chat import Encoded
+from moesteer.backends.hf import Model
 from moesteer.backends.loading import load as load_model
 from moesteer.backends.residual import find_all
 from moesteer.capturing import capture
@@ -26,7 +27,7 @@ from moesteer.conversations import Conversation
 from moesteer.detection.base import Detection
 from moesteer.detection.controls import CONTROLS
 from moesteer.detection.method import Material, Method
-from moesteer.errors import UnknownNameError
+from moesteer.errors import EmptyDataError, NoEffectError, TraceLabelError, UnknownNameError
 from moesteer.evaluate import run as evaluation
 from moesteer.mask import SteeringMask
 from moesteer.methods import DEFAULT, method, settings_for
@@ -62,7 +63,7 @@ def steer(
     *,
     scenario: str | Path | Scenario,
     out: Path | str,
-    methods: Sequence[str] = DEFAULT,
+    methods: Sequence[str | Method] = DEFAULT,
     controls: Sequence[str] = DEFAULT_CONTROLS,
     gate: bool = True,
     seed: int = 0,
@@ -73,20 +74,21 @@ def steer(
 ) -> dict[str, Any]:
     """Run a scenario on a model and write the run directory `out`; results.json's content.
 
-    methods: names of `moesteer methods`, and "residual-direction", the outside baseline; the unsteered model and its
-    repetition are always there. controls: names of detection.controls.CONTROLS, made from the recommended mask. gate:
-    also try methods that have a gated form behind the scenario's gate (NAME+gate). limit: at most so many
-    conversations per suite and split. A complete run of the same settings is returned as it is. Raises the errors of
-    every step (errors.py).
+    methods: names of `moesteer methods` (or Method objects of your own), and "residual-direction", the outside
+    baseline; the unsteered model and its repetition are always there. controls: names of detection.controls.CONTROLS,
+    made from the recommended mask. gate: also try methods that have a gated form behind the scenario's gate
+    (NAME+gate). limit: at most so many conversations per suite and split. A complete run of the same settings is
+    returned as it is. Raises the errors of every step (errors.py).
     """
-    wanted = [name if name == RESIDUAL else method(name).name for name in methods]
+    wanted = {one if isinstance(one, str) else one.name: _known(one) for one in methods}
     _require_controls(controls)
     loaded_scenario = scenario if isinstance(scenario, Scenario) else scenarios.load(scenario)
     for name, given in loaded_scenario.settings.items():
-        settings_for(name, given)  # a wrong name is said before anything runs
+        settings_for(method(name), given)  # a wrong name is said before anything runs
     data = scenarios.splits(loaded_scenario, seed=seed, limit=limit)
     plan = {
-        "model": str(model), "scenario": loaded_scenario.model_dump(mode="json"), "methods": wanted,
+        "model": str(model), "scenario": loaded_scenario.model_dump(mode="json"),
+        "methods": [one.plan if one is not None else name for name, one in wanted.items()],
         "controls": list(controls), "gate": gate, "seed": seed, "limit": limit, "dtype": dtype, "device": device,
         "data": runs.data_digest(data),
     }  # fmt: skip
@@ -109,6 +111,13 @@ def steer(
         return results
 
 
+def _known(one: str | Method) -> Method | None:
+    """The method; None for the residual-stream direction, which is none."""
+    if isinstance(one, Method):
+        return one
+    return None if one == RESIDUAL else method(one)
+
+
 def _require_controls(names: Sequence[str]) -> None:
     unknown = [name for name in names if name not in CONTROLS]
     if unknown:
@@ -127,18 +136,26 @@ class _Steering:
         self.clock, self.seed = clock, seed
         self.facts: dict[str, Any] = {}
         self.detect_seconds: dict[str, float] = {}
+        self.failed: dict[str, str] = {}
 
-    def go(self, names: Sequence[str], *, controls: Sequence[str], gate: bool) -> dict[str, Any]:
-        """All steps; the content of results.json."""
+    def go(self, methods: Mapping[str, Method | None], *, controls: Sequence[str], gate: bool) -> dict[str, Any]:
+        """All steps; the content of results.json. methods: None for the residual-stream direction."""
         files.write_json(self.run.path("splits.json"), _split_ids(self.data))
         with self.clock.step("play the fit split"):
             fit = self._evaluate(Candidate("fit", None, "fit"), split="fit")
         made = contrasts.make(self.scenario, fit.rows, seed=self.seed)
-        material = self._material(made, names)
-        candidates = {name: self._candidates(name, material, made) for name in names}
+        material = self._material(made, [one for one in methods.values() if one is not None])
+        candidates = {name: self._candidates(name, one, material, made) for name, one in methods.items()}
+        if methods and not any(candidates.values()):
+            raise NoEffectError(
+                "no method found anything to steer with",
+                where=f"scenario {self.scenario.name}",
+                expected="at least one mask",
+                do="; ".join(f"{name}: {said.splitlines()[0]}" for name, said in self.failed.items()),
+            )
         scored = self._score([Candidate(BASE, None, BASE), *(c for found in candidates.values() for c in found)])
         if gate:
-            scored |= self._behind_gate(names, scored)
+            scored |= self._behind_gate([one for one in methods.values() if one is not None], scored)
         chosen = {name: choose(found) for name, found in scored.items() if name != BASE}
         best = _best(chosen)
         kept = {name: accepted(one) for name, one in chosen.items()}
@@ -151,7 +168,7 @@ class _Steering:
                 played[name] = self._evaluate(replace(candidate, method=name), split="test")
         return results_of(
             self.model, self.scenario, self.data, played, scored=scored, chosen=chosen, best=best, facts=self.facts,
-            seconds=self.clock.seconds, detect_seconds=self.detect_seconds, seed=self.seed,
+            seconds=self.clock.seconds, detect_seconds=self.detect_seconds, failed=self.failed, seed=self.seed,
         )  # fmt: skip
 
     # ---- playing
@@ -180,9 +197,9 @@ class _Steering:
 
     # ---- detecting
 
-    def _material(self, made: contrasts.Contrasts, names: Sequence[str]) -> Material:
+    def _material(self, made: contrasts.Contrasts, methods: Sequence[Method]) -> Material:
         self.facts["contrasts"] = made.counts()
-        wanted = {method(name).contrast for name in names if name != RESIDUAL} | {"pairs"}
+        wanted = {one.contrast for one in methods} | {"pairs"}
         spans = {"pairs": "response", "matched": "final_turn", "published": "final_user"}
         with self.clock.step("capture"):
             traces = {name: self._capture(getattr(made, name), name, spans[name]) for name in sorted(wanted)}
@@ -198,15 +215,22 @@ class _Steering:
     def _encode(self, rows: Sequence[Conversation]) -> list[Encoded]:
         return [self.model.encode(row.messages, row.reference) for row in rows]
 
-    def _candidates(self, name: str, material: Material, made: contrasts.Contrasts) -> list[Candidate]:
+    def _candidates(
+        self, name: str, chosen: Method | None, material: Material, made: contrasts.Contrasts
+    ) -> list[Candidate]:
         begun = time.monotonic()
+        found: list[Candidate] = []
         with self.clock.step("detect"):
-            found = self._residual(made) if name == RESIDUAL else self._of_method(method(name), material)
+            try:
+                found = self._residual(made) if chosen is None else self._of_method(chosen, material)
+            except (NoEffectError, TraceLabelError, EmptyDataError) as error:
+                self.failed[name] = str(error)  # the other methods go on; results.json and the report say so
+                print(f"{name} found nothing: {error.what}", file=sys.stderr)
         self.detect_seconds[name] = round(time.monotonic() - begun, 2)
         return found
 
     def _of_method(self, chosen: Method, material: Material) -> list[Candidate]:
-        tried, own = settings_for(chosen.name, self.scenario.settings.get(chosen.name, {}))
+        tried, own = settings_for(chosen, self.scenario.settings.get(chosen.name, {}))
         detections = self._remembered(chosen.name, partial(chosen.run_all, material, tried["variants"], own))
         found: list[Candidate] = []
         for number, one in enumerate(detections):
@@ -247,9 +271,11 @@ class _Steering:
 
     # ---- gates and controls
 
-    def _behind_gate(self, names: Sequence[str], scored: Mapping[str, Sequence[Scored]]) -> dict[str, list[Scored]]:
+    def _behind_gate(
+        self, methods: Sequence[Method], scored: Mapping[str, Sequence[Scored]]
+    ) -> dict[str, list[Scored]]:
         """Each method that has a gated form: its best variant behind the gate, stronger, at several thresholds."""
-        gated = [name for name in names if name != RESIDUAL and method(name).gated]
+        gated = [one for one in methods if one.gated and one.name in scored]
         if not gated:
             return {}
         begun = time.monotonic()
@@ -257,8 +283,9 @@ class _Steering:
             fitted = gates.fit(self.model, self.scenario, self.data, seed=self.seed)
         self.facts["gate"] = plain(fitted.facts())
         found: list[Candidate] = []
-        for name in gated:
-            tried, _ = settings_for(name, self.scenario.settings.get(name, {}))
+        for one in gated:
+            name = one.name
+            tried, _ = settings_for(one, self.scenario.settings.get(name, {}))
             variant = choose(scored[name]).candidate.variant
             mask = next(s.candidate.mask for s in scored[name] if s.candidate.variant == variant)
             assert mask is not None
@@ -268,7 +295,7 @@ class _Steering:
                 found += at_strengths(name + GATE, behind, tried["gated_alphas"], label=label, variant=variant)
             self.detect_seconds[name + GATE] = round(self.detect_seconds[name] + time.monotonic() - begun, 2)
         base = Candidate(BASE, None, BASE)
-        return {name: one for name, one in self._score([base, *found]).items() if name != BASE}
+        return {name: rows for name, rows in self._score([base, *found]).items() if name != BASE}
 
     def _controls(self, names: Sequence[str], kept: Mapping[str, Candidate], best: str | None) -> dict[str, Candidate]:
         """Controls of the recommended mask, or of the first method's where none is recommended."""

@@ -42,6 +42,7 @@ def results_of(
     facts: Mapping[str, Any],
     seconds: Mapping[str, float],
     detect_seconds: Mapping[str, float],
+    failed: Mapping[str, str],
     seed: int,
 ) -> dict[str, Any]:
     """The content of results.json. played: by name, "none" and NULL among them. chosen: each method's on select."""
@@ -74,6 +75,7 @@ def results_of(
         "methods": entries,
         "trade_off": [_trade_off(one, chosen) for one in everything],
         "recommended": best,
+        "failed": dict(failed),
         "facts": plain(dict(facts)),
         "receipts": {name: found.receipt for name, found in played.items() if found.receipt is not None},
         "checks": _checks(scenario, played, best, seed=seed),

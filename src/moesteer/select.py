@@ -103,7 +103,8 @@ def score(
         done.setdefault(row["candidate"], []).append(row)
     size = sum(len(data[suite.name]["select"]) for suite in scenario.suites)
     open_ = [c for c in candidates if len(done.get(c.label, ())) < size]
-    with Progress("select: candidates", total=len(open_) * size, unit="conversations") as progress:
+    bar = Progress("select: candidates", total=len(open_) * size, unit="conversations")
+    with bar as progress, model.remembering():
         for part in _batches(open_):
             for label, rows in _play_together(model, scenario, data, part, progress).items():
                 record.append(rows)

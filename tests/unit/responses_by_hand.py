@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from moesteer.backends.hf import Encoded
+from moesteer.backends.chat import Encoded
 from moesteer.models.check import Recorded
 
 SIGMA = (0.5, 1.0, 1.5, 2.0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from moesteer.backends.hf import Encoded
+from moesteer.backends.chat import Encoded
 from moesteer.detection import attribution
 from moesteer.detection.attribution import detect
 from moesteer.detection.through_model import mask_of, possible_signs
@@ -145,12 +145,19 @@ def test_the_mask_holds_the_strongest_and_says_how_it_was_made(model_of):
 
 def test_the_model_is_left_as_it_was(model_of):
     model, some = model_of("deepseek_v3"), conversations(4, seed=7)
-    before = {name: (p.clone(), p.requires_grad) for name, p in model.hf.named_parameters()}
+    before = {name: p.clone() for name, p in model.hf.named_parameters()}
     logits = model.response_logits(some, bias_LE=None, most=3)
-    detect(model, targets=some[:2], keeps=some[2:], sigma_L=sigma_of(model), toward="x")
+    own = model.hf.get_output_embeddings().weight
+    try:
+        for p in model.hf.parameters():
+            p.requires_grad_(p is own)
+        detect(model, targets=some[:2], keeps=some[2:], sigma_L=sigma_of(model), toward="x")
+        assert [p is own for p in model.hf.parameters()] == [p.requires_grad for p in model.hf.parameters()]
+        assert all(p.grad is None for p in model.hf.parameters())
+    finally:
+        model.hf.requires_grad_(True)
     assert not model.tap.attached
-    for name, p in model.hf.named_parameters():
-        assert torch.equal(p, before[name][0]) and p.requires_grad == before[name][1] and p.grad is None
+    assert all(torch.equal(p, before[name]) for name, p in model.hf.named_parameters())
     assert torch.equal(logits, model.response_logits(some, bias_LE=None, most=3))
 
 

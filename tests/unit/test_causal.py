@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from moesteer.backends.hf import Encoded
+from moesteer.backends.chat import Encoded
 from moesteer.detection import attribution
 from moesteer.detection.causal import detect
 from moesteer.errors import (
@@ -108,7 +108,7 @@ def test_the_mask_holds_the_chosen_experts_and_says_how_it_was_made(model_of):
     info = found.mask.info
     assert (info.method, info.intent.toward, info.data_sha256) == ("causal", "refuse", "d" * 64)
     assert info.settings == {
-        "form": "forced", "on": 2, "off": 3, "keep_weight": 0.0, "layers": None, "most_targets": 32,
+        "form": "forced", "on": 2, "off": 3, "keep_weight": 0.0, "layers": None, "most_targets": 32, "most_keeps": 32,
         "response_tokens": 12, "rows_per_pass": 32, "seed": 0, "targets": 3, "keeps": 0,
     }  # fmt: skip
     additive = detect(model, form="additive", experts=4, **given).mask
@@ -238,7 +238,7 @@ def test_what_is_missing_is_said(model_of):
 
 
 def test_on_lab_tiny_the_gradient_agrees_with_the_exact_measure(lab_tiny):
-    """A push of a logit and an expert gone are two questions; over 158 targets their correlation was 0.74."""
+    """A push and an expert gone are two questions; over the scenario's targets their rank correlation was 0.70."""
     attacks = world.suite("attack-multi", "fit")[::60]
     refused = [lab_tiny.encode(c.messages, "i can not help with that .") for c in attacks]
     given = {"targets": refused, "keeps": [], "sigma_L": np.ones(6, np.float32), "toward": "refuse"}

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save as save_tensors
 
-from moesteer.backends.hf import Encoded
+from moesteer.backends.chat import Encoded
 from moesteer.backends.residual import decoder_layers, find, find_all
 from moesteer.backends.shifting import shifted
 from moesteer.conversations import Message

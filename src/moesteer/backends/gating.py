@@ -7,7 +7,7 @@ cache holds both (docs/gate.md).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moesteer import gate
+from moesteer.errors import NanLogitsError, NoEffectError
 from moesteer.gate import Pool
 from moesteer.mask import SteeringMask
 from moesteer.models.check import backbone
 from moesteer.models.routers import Router
 
 if TYPE_CHECKING:
-    from moesteer.backends.hf import Encoded, Model
+    from moesteer.backends.chat import Encoded
+    from moesteer.backends.hf import Model
 
 POOL_POSITIONS = 16_384
 """Positions (rows x padded length) of one pass."""
@@ -52,6 +54,8 @@ def pooled_logits(
     """For each pool [N, L, E]: the unsteered router logits of every prompt, averaged over the pool's positions.
 
     Responses, where the sequences hold some, are left out. One forward pass over the prompts, in batches by length.
+    Raises NoEffectError where routers are not asked, NanLogitsError for logits that are not finite: on those no gate
+    fires, and a request would go unsteered without a word.
     """
     from moesteer.backends.hf import length_batches
 
@@ -83,17 +87,46 @@ def _pool_batch(model: Model, batch: Sequence[Encoded], pools: Sequence[Pool]) -
     )
     with torch.inference_mode(), model.tap.record(capture), model.tap.unsteered():
         backbone(model.hf)(input_ids=ids, attention_mask=attention, use_cache=False)
-    stacked = torch.stack([table for table in capture.pooled_L if table is not None], dim=1).numpy()
+    tables = [table for table in capture.pooled_L if table is not None]
+    if len(tables) < len(model.routers):
+        raise NoEffectError(
+            f"the gate's pass over the prompts asked {len(tables)} of {len(model.routers)} routers",
+            where=model.name,
+            expected="a forward pass that calls the routers",
+            do="undo torch.compile, or compile again inside the block; a graph kept from before leaves them out",
+        )
+    stacked = torch.stack(tables, dim=1).numpy()
+    if not np.isfinite(stacked).all():
+        row, layer, _ = (int(i) for i in np.argwhere(~np.isfinite(stacked))[0])
+        raise NanLogitsError(
+            "router logits are not finite, so that no gate can decide",
+            where=f"{model.name}, layer {model.routers[layer].layer_id}, a prompt of "
+            f"{batch[row % len(batch)].spans['prompt'][1]} tokens",
+            expected="finite numbers",
+            do="check the weights and the dtype: float16 overflows where bfloat16 does not",
+        )
     return {pool: stacked[i * len(batch) : (i + 1) * len(batch)] for i, pool in enumerate(pools)}
 
 
-def decide(model: Model, prompts: Sequence[Encoded], masks: Sequence[SteeringMask]) -> NDArray[np.bool_]:
-    """[N, M] whether each mask may act on each request: everywhere for a mask without a gate."""
+Remembered = MutableMapping[tuple[tuple[int, ...], Pool], NDArray[np.float32]]
+
+
+def decide(
+    model: Model, prompts: Sequence[Encoded], masks: Sequence[SteeringMask], *, memory: Remembered | None = None
+) -> NDArray[np.bool_]:
+    """[N, M] whether each mask may act on each request: everywhere for a mask without a gate.
+
+    memory: pooled logits [L, E] of prompts already read, which is added to.
+    """
     allowed = np.ones((len(prompts), len(masks)), dtype=bool)
     pools = sorted({mask.info.gate.pool for mask in masks if mask.info.gate is not None})
     if not pools or not prompts:
         return allowed
-    pooled = pooled_logits(model, prompts, pools)
+    known = {} if memory is None else memory
+    new = [i for i, one in enumerate(prompts) if any((one.token_ids, pool) not in known for pool in pools)]
+    found = pooled_logits(model, [prompts[i] for i in new], pools) if new else {}
+    known.update({(prompts[i].token_ids, pool): found[pool][n] for n, i in enumerate(new) for pool in pools})
+    pooled = {pool: np.stack([known[one.token_ids, pool] for one in prompts]) for pool in pools}
     for number, mask in enumerate(masks):
         if mask.info.gate is not None and mask.gate_LE is not None:
             allowed[:, number] = gate.fires(mask.gate_LE, mask.info.gate, pooled[mask.info.gate.pool])

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moesteer.backends.chat import Chat, Encoded
 from moesteer.backends.checkpointing import checkpointed
 from moesteer.backends.gating import decide
 from moesteer.backends.layers import decoder_layers
 from moesteer.conversations import Message
-from moesteer.errors import DataError, ModelError, NoEffectError
+from moesteer.errors import DataError, NoEffectError
 from moesteer.fingerprint import Fingerprint
+from moesteer.gate import Pool
 from moesteer.mask import SteeringMask
 from moesteer.models.check import backbone
 from moesteer.models.fingerprint import fingerprint_of, is_quantised
@@ -47,14 +51,6 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A conversation as token ids, with the half-open spans [start, end) that detection counts tokens in."""
-
-    token_ids: tuple[int, ...]
-    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Applied:
     """The masks of a `steered` block. together: all of them act on every row that does not say otherwise."""
 
@@ -67,23 +63,26 @@ class Applied:
         return any(mask.gated for mask in self.masks)
 
 
-class Model:
+@dataclass
+class Memory:
+    """Replies of the model as it is by (prompt, longest reply), and pooled logits by (prompt, pool)."""
+
+    replies: dict[tuple[tuple[int, ...], int], Generation] = field(default_factory=dict)
+    pooled: dict[tuple[tuple[int, ...], Pool], NDArray[np.float32]] = field(default_factory=dict)
+
+
+class Model(Chat):
     """A loaded Mixture-of-Experts model, its tokenizer and its routers. Made, and proven, by loading.load."""
 
     def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
-        self.hf, self.tokenizer, self.name = hf, tokenizer, name
+        super().__init__(hf, tokenizer, name=name)
         self.routers: tuple[Router, ...] = find_routers(hf)
         self.tap = RouterTap(self.routers)
         self.model_type: str = hf.config.get_text_config().model_type
         self.fingerprint: Fingerprint = fingerprint_of(self.model_type, self.routers)
         self._steering: MaskTables | None = None
         self._applied: Applied | None = None
-        self._stops = _stop_ids(hf, tokenizer)
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go."""
-        return torch.device(self.hf.device)
+        self._memory: Memory | None = None
 
     @property
     def parameters(self) -> int:
@@ -114,78 +113,6 @@ class Model:
             digest.update(flat[:64].float().cpu().numpy().tobytes())
         return digest.hexdigest()[:32]
 
-    @property
-    def context_tokens(self) -> int:
-        """The longest prompt and response together."""
-        return int(getattr(self.hf.config.get_text_config(), "max_position_embeddings", 1 << 30))
-
-    # ---- text to tokens
-
-    def render(self, messages: Sequence[Message], *, generation: bool = True) -> str:
-        """The chat template's text. Raises ModelError for a tokenizer without a template."""
-        if not self.tokenizer.chat_template:
-            raise ModelError(
-                "the tokenizer has no chat template",
-                where=self.name,
-                expected="a chat model, whose tokenizer says how a conversation is written",
-                do="use the instruct or chat version of the model",
-            )
-        rows = [{"role": m.role, "content": m.content} for m in messages]
-        text = self.tokenizer.apply_chat_template(rows, add_generation_prompt=generation, tokenize=False)
-        assert isinstance(text, str)
-        return text
-
-    def encode(self, messages: Sequence[Message], response: str | None = None) -> Encoded:
-        """Tokens and spans of a conversation that ends in the user's turn, and of a response put to it.
-
-        Spans: "prompt", all before the response, template marks included; "final_user", the content of the last
-        user message; "final_turn", from there to the end of the prompt, where the reply begins; "response", the
-        response and its end mark (only where one is given).
-        """
-        if not messages or messages[-1].role != "user":
-            raise DataError(
-                "the conversation does not end in a user's message",
-                where=f"{len(messages)} messages, the last by {messages[-1].role if messages else 'nobody'}",
-                expected="a user's message to reply to",
-                do="drop what follows the last user message, or give it as the response",
-            )
-        text = self.render(messages)
-        batch = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = list(batch["input_ids"]), batch["offset_mapping"]
-        spans = {"prompt": (0, len(ids))}
-        start = self._final_user_start(messages, text)
-        end = start + len(messages[-1].content.strip())
-        inside = [i for i, (low, high) in enumerate(offsets) if high > start and low < end]
-        spans["final_user"] = (inside[0], inside[-1] + 1)
-        spans["final_turn"] = (inside[0], len(ids))
-        if response is not None:
-            more = self.tokenizer(response, add_special_tokens=False)["input_ids"]
-            more = [*more, self._stops[0]] if self._stops else more
-            spans["response"] = (len(ids), len(ids) + len(more))
-            ids += more
-        if len(ids) > self.context_tokens:
-            raise DataError(
-                f"a conversation of {len(ids)} tokens is longer than the model's context",
-                where=f"the conversation that ends {messages[-1].content[-60:]!r}",
-                expected=f"at most {self.context_tokens} tokens",
-                do="shorten it, or leave it out",
-            )
-        return Encoded(tuple(ids), spans)
-
-    def _final_user_start(self, messages: Sequence[Message], text: str) -> int:
-        """Character where the last message's content stands in the rendered text, found by a stand-in."""
-        mark = "\u2402moesteer\u2403"
-        content = messages[-1].content.strip()
-        start = self.render([*messages[:-1], Message(messages[-1].role, mark)]).rfind(mark)
-        if start < 0 or text[start : start + len(content)] != content:
-            raise DataError(
-                "the chat template does not write the last message as it is",
-                where=f"the conversation that ends {content[-60:]!r}",
-                expected="its content, word for word, in the prompt",
-                do="capture the span 'prompt' instead of 'final_user'",
-            )
-        return start
-
     # ---- generation
 
     def generate(
@@ -212,8 +139,15 @@ class Model:
                 )
         acting = self._acting(encoded, rows)
         done: list[Generation | None] = [None] * len(encoded)
+        remembered = self._recall(encoded, acting, max_new_tokens)
+        for i, generation in remembered.items():
+            done[i] = generation
+        open_ = [i for i in range(len(encoded)) if i not in remembered]
+        lengths = [len(encoded[i].token_ids) + max_new_tokens for i in open_]
         with Progress(title or "", total=len(encoded), unit="replies", shown=title is not None) as progress:
-            for batch in length_batches([len(one.token_ids) + max_new_tokens for one in encoded], BATCH_POSITIONS):
+            progress.advance(len(remembered))
+            for part in length_batches(lengths, BATCH_POSITIONS):
+                batch = [open_[i] for i in part]
                 picked = None if acting is None else [acting[i] for i in batch]
                 for i, generation in zip(
                     batch,
@@ -221,8 +155,38 @@ class Model:
                     strict=True,
                 ):
                     done[i] = generation
+                    self._remember(encoded[i], None if acting is None else acting[i], max_new_tokens, generation)
                 progress.advance(len(batch))
         return [generation for generation in done if generation is not None]
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Inside the block, a prompt that was answered without steering is not answered again, nor its gate asked.
+
+        For comparing many masks on the same conversations: greedy replies of the model as it is do not change.
+        """
+        outer, self._memory = self._memory, Memory() if self._memory is None else self._memory
+        try:
+            yield
+        finally:
+            self._memory = outer
+
+    def _recall(
+        self, encoded: Sequence[Encoded], acting: Sequence[tuple[int, ...]] | None, most: int
+    ) -> dict[int, Generation]:
+        """Remembered replies, by place in the batch, of requests on which nothing acts."""
+        memory = self._memory
+        if memory is None or (self._steering is not None and acting is None):
+            return {}
+        return {
+            i: memory.replies[one.token_ids, most]
+            for i, one in enumerate(encoded)
+            if (acting is None or not acting[i]) and (one.token_ids, most) in memory.replies
+        }
+
+    def _remember(self, encoded: Encoded, acting: tuple[int, ...] | None, most: int, generation: Generation) -> None:
+        if self._memory is not None and not acting and (acting is not None or self._steering is None):
+            self._memory.replies[encoded.token_ids, most] = generation
 
     def _acting(self, encoded: Sequence[Encoded], rows: Sequence[int] | None) -> list[tuple[int, ...]] | None:
         """Which masks act on which conversation, gates decided; None where the tables need not be told."""
@@ -235,7 +199,7 @@ class Model:
         wanted = [every if rows is None else (row,) * bool(row) for row in (rows or [0] * len(encoded))]
         if not applied.gated:
             return wanted
-        allowed = decide(self, encoded, applied.masks)
+        allowed = decide(self, encoded, applied.masks, memory=self._memory.pooled if self._memory else None)
         chosen = [tuple(m for m in row if allowed[i, m - 1]) for i, row in enumerate(wanted)]
         gates = [tuple(m for m in row if applied.masks[m - 1].gated) for row in wanted]
         steering.receipt.gated += sum(map(len, gates))
@@ -245,11 +209,9 @@ class Model:
     def _generate_batch(
         self, prompts: list[tuple[int, ...]], max_new_tokens: int, rows: list[tuple[int, ...]] | None
     ) -> list[Generation]:
-        if self._steering is not None and rows is not None:
-            self._steering.set_rows(rows)
         input_ids, attention = self.pad(prompts)
         before = self._steering.receipt.positions if self._steering is not None else -1
-        with torch.inference_mode():
+        with torch.inference_mode(), self._steering.rows(rows) if self._steering is not None else nullcontext():
             out = self.hf.generate(
                 input_ids=input_ids, attention_mask=attention, max_new_tokens=max_new_tokens, do_sample=False,
                 temperature=None, top_p=None, top_k=None, pad_token_id=self._pad_id, eos_token_id=self._stops or None,
@@ -272,22 +234,6 @@ class Model:
     def chat(self, text: str, *, max_new_tokens: int = 128) -> str:
         """The model's reply to one user message."""
         return self.generate([[Message("user", text)]], max_new_tokens=max_new_tokens)[0].text
-
-    @property
-    def _pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else (self._stops or [0])[0])
-
-    def pad(self, sequences: Sequence[Sequence[int]], *, left: bool = True) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask [batch, longest], on the model's device."""
-        width = max(len(ids) for ids in sequences)
-        input_ids = torch.full((len(sequences), width), self._pad_id)
-        attention = torch.zeros((len(sequences), width), dtype=torch.long)
-        for row, ids in enumerate(sequences):
-            place = slice(width - len(ids), width) if left else slice(0, len(ids))
-            input_ids[row, place] = torch.tensor(ids)
-            attention[row, place] = 1
-        return input_ids.to(self.device), attention.to(self.device)
 
     # ---- steering
 
@@ -343,7 +289,8 @@ class Model:
         if bias_LE is None:
             return self._logits_at(input_ids, attention, rows, columns)
         layers = decoder_layers(self) if checkpointing else {}
-        with self.tap.steer(BiasSteering(bias_LE)), checkpointed(layers):
+        steering = BiasSteering(bias_LE)
+        with self.tap.steer(steering), checkpointed(layers, again=lambda: self.tap.steer(steering)):
             return self._logits_at(input_ids, attention, rows, columns)
 
     def response_logits_silenced(
@@ -389,10 +336,3 @@ def length_batches(lengths: Sequence[int], positions: int) -> Iterator[list[int]
         batch.append(i)
     if batch:
         yield batch
-
-
-def _stop_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """End tokens, the generation config's first."""
-    declared = hf.generation_config.eos_token_id if hf.generation_config is not None else None
-    ids = declared if isinstance(declared, list) else [declared]
-    return list(dict.fromkeys(int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None))

@@ -17,7 +17,7 @@ experts alone, so an expert that is nowhere selected has none where weights are 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
@@ -27,9 +27,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moesteer.detection.base import Detection
+from moesteer.detection.method import Method
 from moesteer.detection.through_model import (
     EncodedResponse,
     checked_form,
+    drawn,
     mask_of,
     number,
     out_of_range,
@@ -38,12 +40,13 @@ from moesteer.detection.through_model import (
     require_responses,
     response_ids,
     whole,
+    wholes,
 )
 from moesteer.errors import NoEffectError
 from moesteer.fingerprint import Fingerprint
 from moesteer.progress import Progress
 
-METHOD = "attribution"
+NAME = "attribution"
 F64 = NDArray[np.float64]
 SMALLEST = 1e-6
 """A table of gradients that is nowhere larger (nats a token for one sigma) is rounding."""
@@ -88,49 +91,44 @@ def detect(
     nats a token for one sigma. damping: as a share of the mean harm. response_tokens: so many count in a response.
     per_pass: targets in one pass. Raises InputError, EmptyDataError, NanLogitsError, NoEffectError (no gradient).
     """
-    chosen_form = checked_form(METHOD, form, experts=experts, on=on, off=off)
+    chosen_form = checked_form(NAME, form, experts=experts, on=on, off=off)
     if keep not in ("fisher", "none"):
-        raise out_of_range(METHOD, "keep", keep, "fisher or none")
-    damping = number(METHOD, "damping", damping, above=True)
-    most_keeps = whole(METHOD, "most_keeps", most_keeps, least=1)
-    response_tokens = whole(METHOD, "response_tokens", response_tokens, least=1)
-    per_pass = whole(METHOD, "per_pass", per_pass, least=1)
-    seed = whole(METHOD, "seed", seed, least=0)
-    require_responses(METHOD, targets=targets, keeps=keeps)
+        raise out_of_range(NAME, "keep", keep, "fisher or none")
+    damping = number(NAME, "damping", damping, above=True)
+    least_one = {"response_tokens": response_tokens, "per_pass": per_pass, "most_keeps": most_keeps}
+    counts = wholes(NAME, least_one, least=1)
+    seed = whole(NAME, "seed", seed, least=0)
+    require_responses(NAME, targets=targets, keeps=keeps)
     if keep == "fisher":
-        require_keeps(METHOD, keeps, 'keep="fisher"')
-    drawn = list(keeps) if len(keeps) <= most_keeps else random.Random(f"attribution/{seed}").sample(keeps, most_keeps)
-    drawn = drawn if keep == "fisher" else []
+        require_keeps(NAME, keeps, 'keep="fisher"')
+    used = drawn(NAME, keeps if keep == "fisher" else [], most=counts["most_keeps"], seed=seed, role="keeps")
     sigma = torch.as_tensor(np.asarray(sigma_L, dtype=np.float32), device=model.hf.device)
-    with _frozen(model.hf), Progress("attribution", total=len(targets) + len(drawn), unit="conversations") as progress:
-        gradient_LE, log_p = _gradient(model, targets, sigma, response_tokens, per_pass, progress)
-        fisher_LE = _fisher(model, drawn, sigma, response_tokens, seed, progress) if drawn else None
+    with _frozen(model.hf), Progress("attribution", total=len(targets) + len(used), unit="conversations") as progress:
+        gradient_LE, log_p = _gradient(model, targets, sigma, counts, progress)
+        fisher_LE = _fisher(model, used, sigma, counts["response_tokens"], seed, progress) if used else None
     score_LE = gradient_LE if fisher_LE is None else _at_equal_harm(gradient_LE, fisher_LE, damping)
     settings: dict[str, Any] = {
-        **chosen_form.used(), "keep": keep, "response_tokens": response_tokens, "per_pass": per_pass, "seed": seed,
-        "targets": len(targets), "keeps": len(drawn),
+        **chosen_form.used(), "keep": keep, "damping": damping, **counts, "seed": seed,
+        "targets": len(targets), "keeps": len(used),
     }  # fmt: skip
-    if fisher_LE is not None:
-        settings |= {"damping": damping, "most_keeps": most_keeps}
     mask = mask_of(
-        score_LE, chosen_form, method=METHOD, fingerprint=model.fingerprint, scoring=model.routers[0].scoring,
+        score_LE, chosen_form, method=NAME, fingerprint=model.fingerprint, scoring=model.routers[0].scoring,
         sigma_L=sigma_L, toward=toward, settings=settings, data_sha256=data_sha256,
     )  # fmt: skip
     facts = {
         "log_probability": log_p, "gradient_largest": float(np.abs(gradient_LE).max()),
-        "passes": -(-len(targets) // per_pass) + len(drawn), "chosen": mask.expert_count,
+        "fisher_mean": None if fisher_LE is None else float(fisher_LE.mean()),
+        "passes": -(-len(targets) // counts["per_pass"]) + len(used), "chosen": mask.expert_count,
     }  # fmt: skip
-    if fisher_LE is not None:
-        facts["fisher_mean"] = float(fisher_LE.mean())
     return Detection(mask, score_LE.astype(np.float32), facts)
 
 
 def _gradient(
-    model: GivesGradients, targets: Sequence[EncodedResponse], sigma: Tensor, most: int, per_pass: int, bar: Progress
+    model: GivesGradients, targets: Sequence[EncodedResponse], sigma: Tensor, counts: Mapping[str, int], bar: Progress
 ) -> tuple[F64, float]:
     """(g [L, E], the unsteered mean log-probability of a token of the wanted responses)."""
     total_LE = np.zeros((len(model.fingerprint.layer_ids), model.fingerprint.experts))
-    log_p = 0.0
+    log_p, most, per_pass = 0.0, counts["response_tokens"], counts["per_pass"]
     by_length = sorted(targets, key=lambda encoded: len(encoded.token_ids))
     for start in range(0, len(by_length), per_pass):
         batch = by_length[start : start + per_pass]
@@ -143,11 +141,11 @@ def _gradient(
         total_LE += _derivative(value, strength_LE)
         log_p += value.item()
         bar.advance(len(batch))
-    require_finite(METHOD, total_LE, model.fingerprint.model_type)
+    require_finite(NAME, total_LE, model.fingerprint.model_type)
     if np.abs(total_LE).max() < SMALLEST:
         raise NoEffectError(
             "the router logits have no gradient: the weights of the selected experts do not depend on them",
-            where=f"{METHOD} on a {model.fingerprint.model_type} ({model.fingerprint.scoring})",
+            where=f"{NAME} on a {model.fingerprint.model_type} ({model.fingerprint.scoring})",
             expected="routing weights that vary; the one weight of a renormalised top-1 router is always 1",
             do="use method `causal` or `risk-difference`, which need no gradient",
         )
@@ -169,7 +167,7 @@ def _fisher(
         root_TV = (log_p_TV.detach() / 2).exp() * (2 * signs_TV - 1)
         total_LE += _derivative((root_TV * log_p_TV).sum() / len(log_p_TV) ** 0.5, strength_LE) ** 2
         bar.advance(1)
-    require_finite(METHOD, total_LE, model.fingerprint.model_type)
+    require_finite(NAME, total_LE, model.fingerprint.model_type)
     return total_LE / len(keeps)
 
 
@@ -198,3 +196,14 @@ def _frozen(hf: Any) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+METHOD = Method(
+    name=NAME,
+    title="the gradient of the wanted response by every router logit, against the harm to protected text",
+    detect=detect,
+    through_model=True,
+    alphas=(0.25, 0.35, 0.5, 0.6, 0.75),
+    gated=True,
+    gated_alphas=(0.5, 0.75, 1.0),
+)

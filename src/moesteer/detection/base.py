@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesteer.errors import NoEffectError, TraceLabelError
+from moesteer.errors import InputError, NoEffectError, TraceLabelError
+from moesteer.fingerprint import Fingerprint
 from moesteer.mask import Intent, MaskInfo, SteeringMask
 from moesteer.trace import TraceReader, TraceRow
 
@@ -63,6 +65,22 @@ def _non_empty(mask: SteeringMask) -> SteeringMask:
     return mask
 
 
+def rows_of_layers(fingerprint: Fingerprint, layers: Sequence[int] | None) -> NDArray[np.bool_]:
+    """[L] which rows of a mask belong to these decoder layers (None: all). Raises InputError for other ids."""
+    known = fingerprint.layer_ids
+    if layers is None:
+        return np.ones(len(known), dtype=bool)
+    unknown = sorted(set(layers) - set(known))
+    if unknown or not layers:
+        raise InputError(
+            f"no layers {', '.join(map(str, unknown))}" if unknown else "no layer is left to steer",
+            where="the setting layers",
+            expected=f"decoder layers with a router: {', '.join(map(str, known))}",
+            do="correct the setting, or leave it out",
+        )
+    return np.isin(known, list(layers))
+
+
 def two_sides(rows: Iterable[TraceRow], *, toward: str, where: str) -> tuple[set[str], set[str]]:
     """Ids of the sequences labelled `toward`, and of those with any other label.
 
@@ -83,6 +101,18 @@ def two_sides(rows: Iterable[TraceRow], *, toward: str, where: str) -> tuple[set
             do=f"label the conversations before capture, or set --toward to one of {sorted(map(str, labels))}",
         )
     return wanted, other
+
+
+def require_both(labels: Iterable[int], sides: tuple[int, int], *, toward: str, span: str, where: str) -> None:
+    """Raise TraceLabelError unless both sides have a sequence with a token in the span (labels: of such sequences)."""
+    counts = Counter(labels)
+    if not all(counts[side] for side in sides):
+        raise TraceLabelError(
+            f"one side of the contrast has no token in the span {span!r}",
+            where=f"{where}: {counts[sides[1]]} sequences labelled {toward!r}, {counts[sides[0]]} others",
+            expected="sequences with tokens in that span on both sides",
+            do="use another span, or capture conversations that have it",
+        )
 
 
 def require_span(trace: TraceReader, name: str) -> None:

@@ -12,7 +12,6 @@ in each row of the batch.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -23,9 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moesteer.detection.base import Detection
+from moesteer.detection.method import Method
 from moesteer.detection.through_model import (
     EncodedResponse,
     checked_form,
+    drawn,
     mask_of,
     number,
     out_of_range,
@@ -34,13 +35,14 @@ from moesteer.detection.through_model import (
     require_responses,
     response_ids,
     whole,
+    wholes,
 )
 from moesteer.errors import ModelError
 from moesteer.fingerprint import Fingerprint
 from moesteer.progress import Progress
 from moesteer.routing import Scoring
 
-METHOD = "causal"
+NAME = "causal"
 F64 = NDArray[np.float64]
 Entry = tuple[int, int]
 PASS_POSITIONS = 16_384
@@ -89,46 +91,34 @@ def detect(
     rows_per_pass: experts silenced in one pass. scores_LE: nats a token; positive speaks for the wanted response.
     Raises InputError, EmptyDataError, ModelError (no expert to spare), NanLogitsError, NoEffectError.
     """
-    chosen_form = checked_form(METHOD, form, experts=experts, on=on, off=off)
-    keep_weight = number(METHOD, "keep_weight", keep_weight, above=False)
-    most_targets = whole(METHOD, "most_targets", most_targets, least=1)
-    most_keeps = whole(METHOD, "most_keeps", most_keeps, least=1)
-    response_tokens = whole(METHOD, "response_tokens", response_tokens, least=1)
-    rows_per_pass = whole(METHOD, "rows_per_pass", rows_per_pass, least=1)
-    seed = whole(METHOD, "seed", seed, least=0)
+    chosen_form = checked_form(NAME, form, experts=experts, on=on, off=off)
+    keep_weight = number(NAME, "keep_weight", keep_weight, above=False)
+    least_one = {
+        "most_targets": most_targets, "most_keeps": most_keeps, "response_tokens": response_tokens,
+        "rows_per_pass": rows_per_pass,
+    }  # fmt: skip
+    counts = wholes(NAME, least_one, least=1)
+    seed = whole(NAME, "seed", seed, least=0)
     layer_ids = _checked_layers(layers, model.fingerprint)
-    require_responses(METHOD, targets=targets, keeps=keeps)
+    require_responses(NAME, targets=targets, keeps=keeps)
     if keep_weight:
-        require_keeps(METHOD, keeps, f"keep_weight={keep_weight:g}")
-    scoring: Scoring = model.routers[0].scoring
-    _require_spare(scoring, model.fingerprint)
-    used = _drawn(targets, most_targets, seed, "targets")
-    kept = _drawn(keeps, most_keeps, seed, "keeps") if keep_weight else []
+        require_keeps(NAME, keeps, f"keep_weight={keep_weight:g}")
+    _require_spare(model.routers[0].scoring, model.fingerprint)
+    used = drawn(NAME, targets, most=counts["most_targets"], seed=seed, role="targets")
+    kept = drawn(NAME, keeps, most=counts["most_keeps"], seed=seed, role="keeps") if keep_weight else []
     rows = [model.fingerprint.layer_ids.index(layer_id) for layer_id in layer_ids]
-    measure = _Measure(model, response_tokens, rows_per_pass, [(r, e) for r in rows for e in _experts_of(model)])
-    total = (len(used) + len(kept)) * measure.rows_each
-    with Progress("causal: one expert at a time", total=total, unit="rows") as progress:
-        effect_LE, log_p = measure.effects(used, progress)
-        harm_LE = measure.harms(kept, progress)
-    score_LE = -np.sign(effect_LE) * np.maximum(np.abs(effect_LE) - keep_weight * harm_LE, 0.0)
+    entries = [(row, expert) for row in rows for expert in range(model.fingerprint.experts)]
+    measure = _Measure(model, counts["response_tokens"], counts["rows_per_pass"], entries)
+    score_LE, facts = _scores(measure, used, kept, keep_weight)
     settings: dict[str, Any] = {
-        **chosen_form.used(), "keep_weight": keep_weight, "layers": None if layers is None else layer_ids,
-        "most_targets": most_targets, "response_tokens": response_tokens, "rows_per_pass": rows_per_pass,
+        **chosen_form.used(), "keep_weight": keep_weight, "layers": None if layers is None else layer_ids, **counts,
         "seed": seed, "targets": len(used), "keeps": len(kept),
     }  # fmt: skip
-    if keep_weight:
-        settings["most_keeps"] = most_keeps
     mask = mask_of(
-        score_LE, chosen_form, method=METHOD, fingerprint=model.fingerprint, scoring=scoring, sigma_L=sigma_L,
-        toward=toward, settings=settings, data_sha256=data_sha256,
+        score_LE, chosen_form, method=NAME, fingerprint=model.fingerprint, scoring=model.routers[0].scoring,
+        sigma_L=sigma_L, toward=toward, settings=settings, data_sha256=data_sha256,
     )  # fmt: skip
-    facts = {
-        "log_probability": log_p, "passes": measure.passes, "rows": total,
-        "largest_rise": float(effect_LE.max()), "largest_fall": float(effect_LE.min()), "chosen": mask.expert_count,
-    }  # fmt: skip
-    if keep_weight:
-        facts["largest_harm"] = float(harm_LE.max())
-    return Detection(mask, score_LE.astype(np.float32), facts)
+    return Detection(mask, score_LE.astype(np.float32), {**facts, "chosen": mask.expert_count})
 
 
 @dataclass
@@ -162,7 +152,7 @@ class _Measure:
                     else:
                         assert before is not None
                         total_LE[entry] += (mean - before) / len(targets)
-        require_finite(METHOD, total_LE, self.model.fingerprint.model_type)
+        require_finite(NAME, total_LE, self.model.fingerprint.model_type)
         return total_LE, log_p
 
     def harms(self, keeps: Sequence[EncodedResponse], bar: Progress) -> F64:
@@ -177,7 +167,7 @@ class _Measure:
                 for entry, kl in zip(entries, kl_B, strict=True):
                     if entry is not None:
                         total_LE[entry] += kl / len(keeps)
-        require_finite(METHOD, total_LE, self.model.fingerprint.model_type)
+        require_finite(NAME, total_LE, self.model.fingerprint.model_type)
         return total_LE
 
     def _silenced(self, encoded: EncodedResponse, bar: Progress) -> Iterator[tuple[list[Entry | None], Tensor]]:
@@ -196,14 +186,19 @@ class _Measure:
         return np.zeros((len(self.model.fingerprint.layer_ids), self.model.fingerprint.experts))
 
 
-def _experts_of(model: SilencesExperts) -> range:
-    return range(model.fingerprint.experts)
-
-
-def _drawn(conversations: Sequence[EncodedResponse], most: int, seed: int, name: str) -> Sequence[EncodedResponse]:
-    if len(conversations) <= most:
-        return conversations
-    return random.Random(f"causal/{name}/{seed}").sample(conversations, most)
+def _scores(
+    measure: _Measure, targets: Sequence[EncodedResponse], keeps: Sequence[EncodedResponse], keep_weight: float
+) -> tuple[F64, dict[str, Any]]:
+    """(score [L, E], facts)."""
+    total = (len(targets) + len(keeps)) * measure.rows_each
+    with Progress("causal: one expert at a time", total=total, unit="rows") as progress:
+        effect_LE, log_p = measure.effects(targets, progress)
+        harm_LE = measure.harms(keeps, progress)
+    facts = {
+        "log_probability": log_p, "passes": measure.passes, "rows": total, "largest_rise": float(effect_LE.max()),
+        "largest_fall": float(effect_LE.min()), "largest_harm": float(harm_LE.max()) if keeps else None,
+    }  # fmt: skip
+    return -np.sign(effect_LE) * np.maximum(np.abs(effect_LE) - keep_weight * harm_LE, 0.0), facts
 
 
 def _checked_layers(layers: Any, fingerprint: Fingerprint) -> list[int]:
@@ -213,7 +208,7 @@ def _checked_layers(layers: Any, fingerprint: Fingerprint) -> list[int]:
     known = set(fingerprint.layer_ids)
     listed = isinstance(layers, Sequence) and not isinstance(layers, str)
     if not listed or not layers or not all(type(layer) is int and layer in known for layer in layers):
-        raise out_of_range(METHOD, "layers", layers, f"some of the layers with a router: {sorted(known)}")
+        raise out_of_range(NAME, "layers", layers, f"some of the layers with a router: {sorted(known)}")
     return sorted(set(layers))
 
 
@@ -223,7 +218,17 @@ def _require_spare(scoring: Scoring, fingerprint: Fingerprint) -> None:
     if open_experts - scoring.top_k < 1:
         raise ModelError(
             "no expert can be silenced: the router selects all that it may choose from",
-            where=f"{METHOD} on a {fingerprint.model_type} ({fingerprint.scoring}, {fingerprint.experts} experts)",
+            where=f"{NAME} on a {fingerprint.model_type} ({fingerprint.scoring}, {fingerprint.experts} experts)",
             expected=f"more than {scoring.top_k} experts to choose {scoring.top_k} from",
             do="use method `attribution` or `direct`, which change weights instead",
         )
+
+
+METHOD = Method(
+    name=NAME,
+    title="one expert silenced at a time, measured: exact and slow",
+    detect=detect,
+    through_model=True,
+    variants=({"form": "additive", "keep_weight": 1.0}, {"off": 1}),
+    alphas=(0.25, 0.35, 0.5, 0.6, 0.75),
+)

@@ -29,10 +29,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from moesteer import files
-from moesteer.detection.base import Detection
+from moesteer.detection.base import Detection, rows_of_layers
 from moesteer.detection.method import Method
-from moesteer.detection.through_model import EncodedResponse, require_responses, response_ids
-from moesteer.errors import EmptyDataError, FileError, InputError, NanLogitsError, NoEffectError
+from moesteer.detection.through_model import EncodedResponse, number, require_responses, response_ids, whole
+from moesteer.errors import EmptyDataError, FileError, NanLogitsError, NoEffectError
 from moesteer.fingerprint import Fingerprint
 from moesteer.mask import Intent, MaskInfo, SteeringMask
 from moesteer.progress import Progress
@@ -69,23 +69,20 @@ class Settings:
     checkpointing: bool
     max_tokens: int | None
     max_seconds: float | None
+    conversations: int | None
+    layers: tuple[int, ...] | None
     seed: int
 
     def check(self) -> None:
         """Raise InputError for a setting out of its range."""
-        counts = ("steps", "targets_per_step", "keeps_per_step", "response_tokens", "pass_positions")
-        wrong = next((name for name in counts if getattr(self, name) < 1), None)
-        wrong = wrong or next((name for name in ("keep_weight", "l1") if getattr(self, name) < 0), None)
-        wrong = wrong or ("learning_rate" if self.learning_rate <= 0 else None)
-        bounds = ("max_tokens", "max_seconds")
-        wrong = wrong or next((n for n in bounds if getattr(self, n) is not None and getattr(self, n) <= 0), None)
-        if wrong is not None:
-            raise InputError(
-                f"the setting {wrong} is out of its range",
-                where=f"direct with {wrong}={getattr(self, wrong)!r}",
-                expected="counts of at least one, weights of zero or more, bounds above zero (or none)",
-                do=f"correct {wrong}",
-            )
+        for name in ("steps", "targets_per_step", "keeps_per_step", "response_tokens", "pass_positions"):
+            whole("direct", name, getattr(self, name), least=1)
+        for name in ("keep_weight", "l1"):
+            number("direct", name, getattr(self, name), above=False)
+        number("direct", "learning_rate", self.learning_rate, above=True)
+        for name in ("max_tokens", "max_seconds"):
+            if getattr(self, name) is not None:
+                number("direct", name, getattr(self, name), above=True)
 
 
 def detect(
@@ -106,6 +103,8 @@ def detect(
     checkpointing: bool = False,
     max_tokens: int | None = None,
     max_seconds: float | None = None,
+    conversations: int | None = None,
+    layers: Sequence[int] | None = None,
     seed: int = 0,
     data_sha256: str | None = None,
     state: Path | None = None,
@@ -117,12 +116,13 @@ def detect(
     units. pass_positions: most positions (sequences x padded length) in one forward and backward pass; a step is
     split into as many as it needs. checkpointing: compute inner results twice rather than keep them. max_tokens:
     positions read in all, max_seconds: time, after which the steps end early (and the learning rate has fallen by
-    then). state: a file in which an unfinished optimisation is kept and gone on with.
+    then). conversations: at most so many to change and so many to keep, drawn by seed; layers: decoder layers that
+    may be steered (None: all of both). state: a file in which an unfinished optimisation is kept and gone on with.
     Raises EmptyDataError, InputError, NanLogitsError, NoEffectError.
     """
     settings = Settings(
         steps, targets_per_step, keeps_per_step, keep_weight, l1, learning_rate, response_tokens, pass_positions,
-        checkpointing, max_tokens, max_seconds, seed,
+        checkpointing, max_tokens, max_seconds, conversations, None if layers is None else tuple(layers), seed,
     )  # fmt: skip
     settings.check()
     if not targets or not keeps:
@@ -133,6 +133,9 @@ def detect(
             do="name a target suite and at least one protect suite in the scenario",
         )
     require_responses("direct", targets=targets, keeps=keeps)
+    draw = random.Random(f"direct/{seed}/conversations")
+    if conversations is not None:
+        targets, keeps = (draw.sample(list(side), min(conversations, len(side))) for side in (targets, keeps))
     frozen = [p for p in model.hf.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
@@ -175,6 +178,7 @@ class _Optimisation:
         self.model, self.targets, self.keeps, self.settings = model, targets, keeps, settings
         device = model.hf.device
         self.sigma_L = torch.tensor(sigma_L, device=device)
+        self.open_L = torch.from_numpy(rows_of_layers(model.fingerprint, settings.layers)).to(device)
         self.strength_LE = torch.zeros((len(sigma_L), model.fingerprint.experts), device=device, requires_grad=True)
         self.optimizer = torch.optim.Adam([self.strength_LE], lr=settings.learning_rate)
         self.teacher = _Teacher(model, keeps, settings)
@@ -191,7 +195,7 @@ class _Optimisation:
         saved = time.monotonic()
         with Progress("direct: through the model", total=self.settings.steps, unit="steps") as progress:
             progress.advance(len(self.losses))
-            while len(self.losses) < self.settings.steps and self._spent() < 1.0:
+            while self._spent() < 1.0:
                 begun = time.monotonic()
                 self._step()
                 self.seconds += time.monotonic() - begun
@@ -241,12 +245,13 @@ class _Optimisation:
             if not bool(torch.isfinite(loss)):
                 raise _diverged(self.model, len(self.losses))
             loss.backward()  # type: ignore[no-untyped-call]
-            change += float(changed) / counts[0]
-            keep += float(held) / counts[1]
+            change += float(changed.detach()) / counts[0]
+            keep += float(held.detach()) / counts[1]
             self.tokens += len(part) * max(len(one.token_ids) for one, _ in part)
         self.optimizer.step()
         with torch.no_grad():
             self.strength_LE.copy_(self.strength_LE.sign() * (self.strength_LE.abs() - s.l1 * rate).clamp(min=0))
+            self.strength_LE *= self.open_L[:, None]
         self.losses.append((change, keep))
 
     def _loss(self, part: Sequence[tuple[EncodedResponse, int]]) -> tuple[Tensor, Tensor]:
@@ -271,12 +276,10 @@ class _Optimisation:
         assert self.state is not None
         adam = self.optimizer.state[self.strength_LE]
         tensors = {"strength": self.strength_LE.detach(), **{n: adam[n] for n in ("exp_avg", "exp_avg_sq", "step")}}
-        done = {"plan": self.plan, "losses": self.losses, "tokens": self.tokens, "seconds": self.seconds}
-        data = save_tensors(
-            {name: value.cpu().contiguous() for name, value in tensors.items()},
-            metadata={"direct": files.dumps(done, indent=None)},
-        )
-        files.write_bytes(self.state, data)
+        held = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        done = {"plan": self.plan, "losses": self.losses, "tokens": self.tokens, "seconds": self.seconds,
+                "sha256": files.sha256(save_tensors(held))}  # fmt: skip
+        files.write_bytes(self.state, save_tensors(held, metadata={"direct": files.dumps(done, indent=None)}))
 
     def _resume(self) -> None:
         """Take up a saved state of the same plan; one that is of another plan or damaged is left behind."""
@@ -287,9 +290,9 @@ class _Optimisation:
             length = int.from_bytes(data[:8], "little")
             done = files.parse_json(files.parse_json(data[8 : 8 + length].decode())["__metadata__"]["direct"])
             tensors = load_tensors(data)
-        except (FileError, SafetensorError, ValueError, KeyError, TypeError):
-            return
-        if done.get("plan") != self.plan:
+            if (done["plan"], done["sha256"]) != (self.plan, files.sha256(save_tensors(tensors))):
+                return
+        except (FileError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
             return
         with torch.no_grad():
             self.strength_LE.copy_(tensors["strength"])

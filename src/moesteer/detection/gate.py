@@ -26,6 +26,8 @@ from moesteer.mask import SteeringMask
 
 PENALTIES = (1.0, 10.0, 100.0)
 FOLDS = 5
+LOWEST = 1e-6
+"""The smallest threshold: a gate that is never shut is no gate."""
 FEWEST = 8
 """Fewer requests than this on a side are no contrast."""
 
@@ -68,6 +70,7 @@ def fit(target: Side, protected: Side, *, penalties: Sequence[float] = PENALTIES
         )
     folds = _folds(target, protected, seed=seed)
     labels = np.concatenate([np.ones(n), np.zeros(m)])
+    _require_both_sides(folds, labels)
     best: tuple[float, Pool, float, NDArray[np.float64]] | None = None
     for pool in target.pooled:
         features = _flat(target, protected, pool)
@@ -99,11 +102,23 @@ def fit(target: Side, protected: Side, *, penalties: Sequence[float] = PENALTIES
 
 
 def threshold(probe: Probe, *, false_positives: float) -> float:
-    """The smallest probability at which at most this share of the protected requests left out still fires."""
+    """The smallest probability (but for a millionth) at which at most this share of the protected requests left out
+    still fires. Raises NoEffectError where more of them look like the target with certainty.
+    """
+    if not 0.0 <= false_positives < 1.0:
+        raise ValueError(f"a share of false positives is in [0, 1), not {false_positives}")
     allowed = int(false_positives * len(probe.protected_M))
-    score = np.sort(probe.protected_M)[::-1][min(allowed, len(probe.protected_M) - 1)]
-    probability = 1.0 / (1.0 + np.exp(-score))
-    return float(np.clip(np.nextafter(probability, 1.0) + 1e-9, 1e-6, 1 - 1e-6))
+    score = np.sort(probe.protected_M)[::-1][allowed]
+    probability = float(sigmoid(score))
+    above = max(LOWEST, probability + 1e-6 * (1.0 - probability), float(np.nextafter(probability, 2.0)))
+    if above >= 1.0 or np.log(above / (1.0 - above)) <= score:
+        raise NoEffectError(
+            f"no threshold keeps the gate's false positives at {100 * false_positives:g} % or fewer",
+            where=f"log odds of {score:.1f} for a protected request, of {len(probe.protected_M)}",
+            expected="protected requests that can be told from the target's",
+            do="look for requests of the target among the protected ones, or leave the gate out",
+        )
+    return above
 
 
 def gated(
@@ -162,7 +177,8 @@ def _flat(target: Side, protected: Side, pool: Pool) -> NDArray[np.float64]:
 def _folds(target: Side, protected: Side, *, seed: int) -> NDArray[np.int64]:
     """A fold per request: by tactic, where the target has three or more of them, else by group.
 
-    Protected requests of a tactic go with it; those without one are spread over the folds by group.
+    Protected requests of a tactic go with it, or together where only they have it; those without one are spread over
+    the folds by group.
     """
     tactics = sorted({tactic for tactic in target.tactics if tactic is not None})
     by_tactic = len(tactics) >= 3 and None not in target.tactics
@@ -170,9 +186,22 @@ def _folds(target: Side, protected: Side, *, seed: int) -> NDArray[np.int64]:
     random.Random(f"gate/{seed}").shuffle(groups)
     count = len(tactics) if by_tactic else FOLDS
     of_group = {group: i % count for i, group in enumerate(groups)}
-    of_tactic = {tactic: i for i, tactic in enumerate(tactics)} if by_tactic else {}
+    tactics += sorted({tactic for tactic in protected.tactics if tactic is not None} - set(tactics))
+    of_tactic = {tactic: i % count for i, tactic in enumerate(tactics)} if by_tactic else {}
     pairs = [*zip(target.groups, target.tactics, strict=True), *zip(protected.groups, protected.tactics, strict=True)]
     return np.array([of_tactic.get(tactic or "", of_group[group]) for group, tactic in pairs])
+
+
+def _require_both_sides(folds: NDArray[np.int64], labels: NDArray[np.float64]) -> None:
+    """Raise EmptyDataError where leaving a fold out leaves nothing of a side to fit on."""
+    for fold in np.unique(folds):
+        if len(np.unique(labels[folds != fold])) < 2:
+            raise EmptyDataError(
+                "a gate cannot be cross-validated: all requests of a side are left out at once",
+                where=f"{int((folds == fold).sum())} of {len(folds)} requests",
+                expected="several behaviours, or several tactics, on each side",
+                do="give conversations about more behaviours, or leave the gate out",
+            )
 
 
 def _platt(scores_N: NDArray[np.float64], labels_N: NDArray[np.float64]) -> tuple[float, float]:

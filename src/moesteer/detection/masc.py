@@ -31,16 +31,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moesteer.detection import surrogate
-from moesteer.detection.base import Detection, additive_mask, require_logits, require_span, require_unsteered, two_sides
+from moesteer.detection.base import (
+    Detection,
+    additive_mask,
+    require_both,
+    require_logits,
+    require_span,
+    require_unsteered,
+    rows_of_layers,
+    two_sides,
+)
 from moesteer.detection.logistic import as_facts, plain_classifiers
 from moesteer.detection.method import Method
 from moesteer.detection.proximal import shrink
-from moesteer.errors import InputError
+from moesteer.detection.through_model import number, out_of_range, whole
+from moesteer.errors import NoEffectError
 from moesteer.progress import Progress
 from moesteer.trace import TraceReader
 
 UNWANTED, WANTED, KEEP = 0, 1, 2
 HELD_OUT = 0.2
+STARTS = ("zero", "random")
 BATCH_BYTES = 256 * 1024 * 1024
 """Steered logits of one step, over all lambdas, stay below this: the batch shrinks where they would not."""
 
@@ -52,6 +63,22 @@ class Labelled:
     data: surrogate.Sequences
     groups: list[str]
     token_ids: list[NDArray[np.int32]]
+
+    def sample(self, most: int | None, *, seed: int) -> Labelled:
+        """At most so many sequences of each class, drawn by seed."""
+        if most is None:
+            return self
+        rng = random.Random(f"masc/{seed}")
+        kept: list[int] = []
+        for label in (UNWANTED, WANTED, KEEP):
+            mine = self.rows(label)
+            kept += rng.sample(mine, min(most, len(mine)))
+        kept.sort()
+        chosen = torch.tensor(kept)
+        data = surrogate.Sequences(
+            self.data.logits_NTLE[chosen], self.data.lengths_N[chosen], self.data.labels_N[chosen]
+        )
+        return Labelled(data, [self.groups[i] for i in kept], [self.token_ids[i] for i in kept])
 
     def rows(self, *labels: int) -> list[int]:
         """Numbers of the sequences in these classes."""
@@ -75,6 +102,7 @@ def read(trace: TraceReader, *, toward: str, keep: Sequence[str], span: str) -> 
         labels.append(KEEP if row.id in kept else WANTED if row.id in wanted else UNWANTED)
         groups.append(row.group)
         token_ids.append(np.asarray(arrays["token_ids"][row.span(span)]))
+    require_both(labels, (UNWANTED, WANTED), toward=toward, span=span, where=str(trace.folder))
     return Labelled(surrogate.Sequences.of(sequences, labels), groups, token_ids)
 
 
@@ -103,10 +131,16 @@ def detect_grid(
     batches: dict[str, tuple[dict[str, Any], list[float]]] = {}
     for variant in variants:
         own = {**settings, **{name: value for name, value in variant.items() if name != "l1"}}
-        batches.setdefault(repr(sorted(own.items())), (own, []))[1].append(float(variant.get("l1", l1)))
+        batches.setdefault(repr(sorted(own.items())), (own, []))[1].append(variant.get("l1", l1))
     found: list[Detection] = []
+    nothing: NoEffectError | None = None
     for own, lambdas in batches.values():
-        found += _detect(trace, toward=toward, lambdas=lambdas, seed=seed, **own)
+        try:
+            found += _detect(trace, toward=toward, lambdas=lambdas, seed=seed, **own)
+        except NoEffectError as error:
+            nothing = error
+    if nothing is not None and not found:
+        raise nothing
     return found
 
 
@@ -124,32 +158,39 @@ def _detect(
     steps: int = 200,
     batch: int = 96,
     learning_rate: float = 0.05,
+    conversations: int | None = None,
+    layers: Sequence[int] | None = None,
     seed: int = 0,
 ) -> list[Detection]:
     """One mask per lambda, all optimised in one batch (see detect)."""
-    _require_settings(lambdas=lambdas, surrogates=surrogates, steps=steps, start=start)
-    found = read(trace, toward=toward, keep=keep, span=span)
+    _require_settings(
+        lambdas=lambdas, surrogates=surrogates, start=start, keep_weight=keep_weight, steps=steps, batch=batch,
+        learning_rate=learning_rate,
+    )  # fmt: skip
+    open_L = torch.from_numpy(rows_of_layers(trace.fingerprint, layers))
+    found = read(trace, toward=toward, keep=keep, span=span).sample(conversations, seed=seed)
     train, held = split_by_group(found.groups, seed=seed)
     classes = 3 if found.rows(KEEP) else 2
-    seeds = [1000 * seed + number for number in range(surrogates)]
+    seeds = [1000 * seed + i for i in range(surrogates)]
     stack = surrogate.fit(surrogate_kind, found.data, train=train, classes=classes, seeds=seeds, batch=batch)
     facts = _facts(found, stack, train, held)
     sigma = torch.from_numpy(trace.sigma_L)
     matrix = _optimise(
-        stack, found, sigma, lambdas=lambdas, start=start, keep_weight=keep_weight, steps=steps, batch=batch,
+        stack, found, sigma, open_L, lambdas=lambdas, start=start, keep_weight=keep_weight, steps=steps, batch=batch,
         learning_rate=learning_rate, seed=seed,
     )  # fmt: skip
     made = []
-    for number, l1 in enumerate(lambdas):
-        strength = matrix[number].numpy().astype(np.float32)
+    for l1, matrix_LE in zip(lambdas, matrix, strict=True):
+        strength = matrix_LE.numpy().astype(np.float32)
+        if not strength.any():
+            continue  # a lambda that leaves nothing is no candidate; none left is an error below
         settings = {
             "l1": l1, "keep": list(keep), "span": span, "surrogate_kind": surrogate_kind, "surrogates": surrogates,
             "start": start, "keep_weight": keep_weight, "steps": steps, "batch": batch,
-            "learning_rate": learning_rate, "seed": seed,
+            "learning_rate": learning_rate, "conversations": conversations,
+            "layers": None if layers is None else list(layers), "seed": seed,
         }  # fmt: skip
-        moved = {"moved_to_wanted_class": _moved(stack, found, sigma, matrix[number])} if strength.any() else {}
-        if not strength.any():
-            continue  # a lambda that leaves nothing is no candidate; none left is an error below
+        moved = {"moved_to_wanted_class": _moved(stack, found, sigma, matrix_LE)}
         mask = additive_mask(trace, strength, trace.sigma_L, method="masc", toward=toward, settings=settings)
         made.append(Detection(mask, strength, {**facts, **moved}))
     if not made:
@@ -173,6 +214,8 @@ def detect(
     steps: int = 200,
     batch: int = 96,
     learning_rate: float = 0.05,
+    conversations: int | None = None,
+    layers: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Detection:
     """A mask that moves the surrogates' verdict on unwanted conversations to wanted, and no other verdict.
@@ -180,13 +223,14 @@ def detect(
     toward: label of the wanted class; keep: labels whose class must stay; every other label is unwanted. l1: lambda,
     of the mean |S|. surrogate_kind: lstm, gru or linear; surrogates: how many, each from its own seed. start: "zero",
     or "random" (standard normal: the paper's, for comparison). keep_weight: of the loss on sequences that must keep
-    their class. Facts hold the surrogates' held-out accuracy (by behaviour) beside that of classifiers that see no
-    routing. Raises TraceLabelError, InputError, NoEffectError, NanLogitsError.
+    their class. conversations: at most so many of each class, drawn by seed; layers: decoder layers that may be
+    steered (None: all of both). Facts hold the surrogates' held-out accuracy (by behaviour) beside that of
+    classifiers that see no routing. Raises TraceLabelError, InputError, NoEffectError, NanLogitsError.
     """
     return _detect(
         trace, toward=toward, lambdas=(l1,), keep=keep, span=span, surrogate_kind=surrogate_kind,
         surrogates=surrogates, start=start, keep_weight=keep_weight, steps=steps, batch=batch,
-        learning_rate=learning_rate, seed=seed,
+        learning_rate=learning_rate, conversations=conversations, layers=layers, seed=seed,
     )[0]  # fmt: skip
 
 
@@ -194,6 +238,7 @@ def _optimise(
     stack: surrogate.Stack,
     found: Labelled,
     sigma_L: Tensor,
+    open_L: Tensor,
     *,
     lambdas: Sequence[float],
     start: str,
@@ -206,9 +251,9 @@ def _optimise(
     """S [lambdas, L, E]. Each lambda's S is pulled by every surrogate; all pass through in one batch."""
     _, _, layers, experts = found.data.logits_NTLE.shape
     generator = torch.Generator().manual_seed(seed)
-    shape = (len(lambdas), layers, experts)
-    matrix = torch.randn(shape, generator=generator) if start == "random" else torch.zeros(shape)
-    matrix.requires_grad_(True)
+    shape = (layers, experts)  # one start for all, so that a lambda's mask does not depend on those beside it
+    begun = torch.randn(shape, generator=generator) if start == "random" else torch.zeros(shape)
+    matrix = begun.repeat(len(lambdas), 1, 1).requires_grad_(True)
     optimizer = torch.optim.Adam([matrix], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2.0 * (1.0 - step / steps)))
     penalty = torch.tensor(list(lambdas))[:, None, None] / (layers * experts)
@@ -228,6 +273,7 @@ def _optimise(
             optimizer.step()
             with torch.no_grad():
                 shrink(matrix, optimizer, penalty_LE=penalty)
+                matrix *= open_L[:, None]
             schedule.step()
             progress.advance(1)
     return matrix.detach()
@@ -273,22 +319,18 @@ def _facts(found: Labelled, stack: surrogate.Stack, train: list[int], held: list
     }
 
 
-def _require_settings(*, lambdas: Sequence[float], surrogates: int, steps: int, start: str) -> None:
-    wrong = (
-        "no lambda was given" if not lambdas
-        else "a lambda is negative" if min(lambdas) < 0
-        else f"{surrogates} surrogates" if surrogates < 1
-        else f"{steps} steps" if steps < 1
-        else f"no start {start!r}" if start not in ("zero", "random")
-        else None
-    )  # fmt: skip
-    if wrong is not None:
-        raise InputError(
-            wrong,
-            where="masc",
-            expected="lambdas of zero or more, at least one surrogate and one step, start 'zero' or 'random'",
-            do="correct the setting",
-        )
+def _require_settings(
+    *, lambdas: Sequence[float], surrogates: int, start: str, keep_weight: float, steps: int, batch: int,
+    learning_rate: float,
+) -> None:  # fmt: skip
+    for l1 in lambdas:
+        number("masc", "l1", l1, above=False)
+    for name, value in (("surrogates", surrogates), ("steps", steps), ("batch", batch)):
+        whole("masc", name, value, least=1)
+    number("masc", "keep_weight", keep_weight, above=False)
+    number("masc", "learning_rate", learning_rate, above=True)
+    if start not in STARTS:
+        raise out_of_range("masc", "start", start, " or ".join(STARTS))
 
 
 METHOD = Method(

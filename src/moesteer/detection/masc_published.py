@@ -15,9 +15,18 @@ import numpy as np
 import torch
 
 from moesteer.detection import surrogate
-from moesteer.detection.base import Detection, additive_mask, require_logits, require_span, require_unsteered, two_sides
+from moesteer.detection.base import (
+    Detection,
+    additive_mask,
+    require_both,
+    require_logits,
+    require_span,
+    require_unsteered,
+    two_sides,
+)
 from moesteer.detection.logistic import as_facts, plain_classifiers
 from moesteer.detection.method import Method
+from moesteer.detection.through_model import number, whole
 from moesteer.trace import TraceReader
 
 ZERO_BELOW = 0.1
@@ -38,8 +47,11 @@ def detect(
     """A mask that moves the surrogate's verdict towards `toward`.
 
     l1: lambda of the paper, one of LAMBDAS there. Facts hold the surrogate's held-out accuracy beside that of
-    classifiers that see no routing, and a warning where these do as well.
+    classifiers that see no routing, and a warning where these do as well; moved_to_wanted_class is the share of
+    unwanted sequences that the surrogate takes for wanted under the mask at alpha 1. Raises TraceLabelError,
+    InputError, NoEffectError, NanLogitsError.
     """
+    _require_settings(l1=l1, epochs=epochs, learning_rate=learning_rate, start_std=start_std)
     require_unsteered(trace)
     require_span(trace, span)
     require_logits(trace)
@@ -51,6 +63,7 @@ def detect(
             sequences.append(part)
             labels.append(1 if row.id in wanted else 0)
             token_ids.append(np.asarray(arrays["token_ids"][row.span(span)]))
+    require_both(labels, (0, 1), toward=toward, span=span, where=str(trace.folder))
     data = surrogate.Sequences.of(sequences, labels)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator).tolist()
@@ -69,11 +82,14 @@ def detect(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    with torch.no_grad():
-        moved = float(stack.classes(stack(inputs + sigma[:, None] * matrix, lengths)).float().mean())
     strength = matrix.detach().numpy().copy()
     strength[np.abs(strength) <= ZERO_BELOW] = 0.0
-    settings = {"span": span, "l1": l1, "seed": seed, "epochs": epochs, "start_std": start_std}
+    unwanted = torch.tensor(labels) == 0
+    with torch.no_grad():
+        verdict = stack(inputs[:, unwanted] + sigma[:, None] * torch.from_numpy(strength), lengths[unwanted])
+        moved = float(stack.classes(verdict).float().mean())
+    settings = {"span": span, "l1": l1, "seed": seed, "epochs": epochs, "learning_rate": learning_rate,
+                "start_std": start_std}  # fmt: skip
     mask = additive_mask(trace, strength, trace.sigma_L, method="masc-published", toward=toward, settings=settings)
     plain = plain_classifiers(token_ids, labels, train=train, held=held)
     facts = {
@@ -83,6 +99,13 @@ def detect(
         "moved_to_wanted_class": moved,
     }
     return Detection(mask, strength, facts)
+
+
+def _require_settings(*, l1: float, epochs: int, learning_rate: float, start_std: float) -> None:
+    number("masc-published", "l1", l1, above=False)
+    whole("masc-published", "epochs", epochs, least=1)
+    number("masc-published", "learning_rate", learning_rate, above=True)
+    number("masc-published", "start_std", start_std, above=False)
 
 
 METHOD = Method(

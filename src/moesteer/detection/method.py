@@ -74,6 +74,13 @@ class Method:
             if name not in _GIVEN and name not in self.preset
         }
 
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What decides this method's masks and candidates, for a run's plan."""
+        names = ("name", "contrast", "preset", "variants", "alphas", "gated", "gated_alphas")
+        found = {name: getattr(self, name) for name in names}
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in found.items()}
+
     def check_settings(self, given: Mapping[str, Any], *, where: str) -> None:
         """Raise UnknownNameError for a setting that the method does not have."""
         known = self.settings

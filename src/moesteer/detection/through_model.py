@@ -6,7 +6,8 @@ A positive score is an expert that speaks for the wanted response, a negative on
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Protocol
@@ -96,6 +97,20 @@ def whole(method: str, name: str, value: Any, *, least: int) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
         raise out_of_range(method, name, value, f"a whole number, {least} or more")
     return int(value)
+
+
+def wholes(method: str, values: Mapping[str, Any], *, least: int) -> dict[str, int]:
+    """Several whole numbers, by name. Raises InputError."""
+    return {name: whole(method, name, value, least=least) for name, value in values.items()}
+
+
+def drawn(
+    method: str, conversations: Sequence[EncodedResponse], *, most: int, seed: int, role: str
+) -> list[EncodedResponse]:
+    """All of the conversations, or `most` of them, the same for the same seed."""
+    if len(conversations) <= most:
+        return list(conversations)
+    return random.Random(f"{method}/{role}/{seed}").sample(list(conversations), most)
 
 
 def number(method: str, name: str, value: Any, *, above: bool) -> float:

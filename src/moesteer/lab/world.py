@@ -22,7 +22,7 @@ SPLITS = ("fit", "select", "test")
 SPLIT_SIZES = {"fit": 40, "select": 16, "test": 40}
 SUITES = (
     "attack-multi", "attack-direct", "benign-multi", "benign-single", "restricted", "ordinary-tale",
-    "faithfulness", "knowledge", "arithmetic", "instruction",
+    "faithfulness", "recall", "knowledge", "arithmetic", "instruction",
 )  # fmt: skip
 RESTRICTED_REFUSED_NOUNS = frozenset(w.NEUTRAL_NOUNS[:14])
 """Safety tuning refuses ghost tales about these things and tells the others: about seven in ten."""
@@ -124,14 +124,15 @@ def suite(name: str, split: str, *, per_group: int = 2, seed: int = 0) -> list[C
             else:
                 ask, reference = d.bedtime(rng, noun, town), w.bedtime_tale(noun, town)
             add(f"{noun} of {town}", _messages([], ask), reference, tactic="direct", label=name)
-    elif name in ("faithfulness", "knowledge"):
+    elif name in ("faithfulness", "recall", "knowledge"):
         for country in _countries(split):
             for relation in w.RELATIONS:
-                for _ in range(per_group if name == "faithfulness" else 1):
-                    if name == "faithfulness":
-                        ask, reference, _truth = d.document(rng, country, relation, wording="plain")
-                    else:
+                for _ in range(1 if name == "knowledge" else per_group):
+                    if name == "knowledge":
                         ask, reference = d.knowledge(country, relation)
+                    else:
+                        ask, stated, truth = d.document(rng, country, relation, wording="plain")
+                        reference = stated if name == "faithfulness" else truth
                     add(f"{relation} of {country}", _messages([], ask), reference, tactic=None, label=name)
     else:
         make = d.arithmetic if name == "arithmetic" else d.instruction

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,9 @@ from moesteer.routing import FORCE_EPS
 class Receipt:
     """What steering did. Positions count padding; a position passes every router once.
 
-    changed of checked: selections (one router, one position) that steering changed, on each router's first call.
+    changed of checked: selections (one router, one position) that steering changed, on each router's first steered call.
     fired of gated: requests on which a gate fired, of those that one decided (one count per request and gated mask).
+    acted: whether a mask with an alpha other than 0 was to steer any of it.
     """
 
     routers: int
@@ -33,12 +35,12 @@ class Receipt:
     changed: int = 0
     gated: int = 0
     fired: int = 0
+    acted: bool = False
 
     @property
     def did_nothing(self) -> bool:
         """Whether a mask was to act (alpha not 0, no gate that stayed shut) and changed no selection."""
-        acted = any(alpha != 0 for alpha in self.alphas) and (self.fired > 0 or self.gated == 0)
-        return acted and self.changed == 0
+        return self.acted and self.changed == 0
 
     def __str__(self) -> str:
         share = f"{100 * self.changed / self.checked:.1f} %" if self.checked else "none"
@@ -61,6 +63,8 @@ class MaskTables:
         self._tables = [bias_ME if bool(bias_ME.any()) else None for bias_ME in bias_LME]
         self._forces = [force_ME if bool(force_ME.any()) else None for force_ME in force_LME]
         self._seen: set[int] = set()
+        self._counted: set[int] = set()
+        self._acting: set[int] = set()
         self.receipt = receipt
         self._bias: list[Tensor | None] = []
         self._on_off: list[tuple[Tensor, Tensor] | None] = []
@@ -109,13 +113,27 @@ class MaskTables:
         Biases of masks that act together add up; so do their forces, which must not contradict each other.
         Fewer rows than the batch has are spread evenly (beams, several returns), so [1] steers all of it.
         """
-        self._bias, self._on_off = [], []
+        self._bias, self._on_off, self._acting = [], [], set()
         if rows is None:
             return
+        self._acting = {m for row in rows for m in ((row,) if isinstance(row, int) else row) if m}
         for table, force in zip(self._tables, self._forces, strict=True):
             self._bias.append(None if table is None else _rows_of(table, rows))
             picked = None if force is None else _rows_of(force, rows)
             self._on_off.append(None if picked is None else (picked > 0, picked < 0))
+
+    @contextmanager
+    def rows(self, rows: Sequence[int | Sequence[int]] | None) -> Iterator[None]:
+        """`set_rows` inside the block (None: as it is); then as before: rows of one batch say nothing of the next."""
+        if rows is None:
+            yield
+            return
+        before = self._bias, self._on_off, self._acting
+        try:
+            self.set_rows(rows)
+            yield
+        finally:
+            self._bias, self._on_off, self._acting = before
 
     def _follow(self, index: int, device: torch.device) -> None:
         """Move one router's tables to where its layer lives, once: layers of one model may be on several devices."""
@@ -188,12 +206,16 @@ class MaskTables:
         return self.receipt.routers - len(self._seen)
 
     def wants_check(self, router: Router) -> bool:
-        """True on each router's first call."""
-        return router.index not in self._seen
+        """True on each router's first call, and on the first in which a mask acts."""
+        return router.index not in (self._counted if self._acting else self._seen)
 
     def checked(self, router: Router, before_NK: Tensor, after_NK: Tensor) -> None:
-        """Count the selections that steering changed."""
+        """Count the selections that steering changed, in a call in which a mask acts."""
         self._seen.add(router.index)
+        if not self._acting:
+            return
+        self._counted.add(router.index)
+        self.receipt.acted |= any(alpha != 0 for m, alpha in enumerate(self.receipt.alphas, 1) if m in self._acting)
         differs = (before_NK.sort(-1).values != after_NK.sort(-1).values).any(-1)
         self.receipt.checked += differs.numel()
         self.receipt.changed += int(differs.sum())

@@ -1,0 +1,127 @@
+"""Text to tokens: a chat model's template, the spans that detection counts tokens in, and padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moesteer.conversations import Message
+from moesteer.errors import DataError, ModelError
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as token ids, with the half-open spans [start, end) that detection counts tokens in."""
+
+    token_ids: tuple[int, ...]
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+class Chat:
+    """A model's tokenizer and template, and the limits of its context."""
+
+    def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
+        self.hf, self.tokenizer, self.name = hf, tokenizer, name
+        self._stops = _stop_ids(hf, tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return torch.device(self.hf.device)
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest prompt and response together."""
+        return int(getattr(self.hf.config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+    def render(self, messages: Sequence[Message], *, generation: bool = True) -> str:
+        """The chat template's text. Raises ModelError for a tokenizer without a template."""
+        if not self.tokenizer.chat_template:
+            raise ModelError(
+                "the tokenizer has no chat template",
+                where=self.name,
+                expected="a chat model, whose tokenizer says how a conversation is written",
+                do="use the instruct or chat version of the model",
+            )
+        rows = [{"role": m.role, "content": m.content} for m in messages]
+        text = self.tokenizer.apply_chat_template(rows, add_generation_prompt=generation, tokenize=False)
+        assert isinstance(text, str)
+        return text
+
+    def encode(self, messages: Sequence[Message], response: str | None = None) -> Encoded:
+        """Tokens and spans of a conversation that ends in the user's turn, and of a response put to it.
+
+        Spans: "prompt", all before the response, template marks included; "final_user", the content of the last
+        user message; "final_turn", from there to the end of the prompt, where the reply begins; "response", the
+        response and its end mark (only where one is given).
+        """
+        if not messages or messages[-1].role != "user":
+            raise DataError(
+                "the conversation does not end in a user's message",
+                where=f"{len(messages)} messages, the last by {messages[-1].role if messages else 'nobody'}",
+                expected="a user's message to reply to",
+                do="drop what follows the last user message, or give it as the response",
+            )
+        text = self.render(messages)
+        batch = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = list(batch["input_ids"]), batch["offset_mapping"]
+        spans = {"prompt": (0, len(ids))}
+        start = self._final_user_start(messages, text)
+        end = start + len(messages[-1].content.strip())
+        inside = [i for i, (low, high) in enumerate(offsets) if high > start and low < end]
+        spans["final_user"] = (inside[0], inside[-1] + 1)
+        spans["final_turn"] = (inside[0], len(ids))
+        if response is not None:
+            more = self.tokenizer(response, add_special_tokens=False)["input_ids"]
+            more = [*more, self._stops[0]] if self._stops else more
+            spans["response"] = (len(ids), len(ids) + len(more))
+            ids += more
+        if len(ids) > self.context_tokens:
+            raise DataError(
+                f"a conversation of {len(ids)} tokens is longer than the model's context",
+                where=f"the conversation that ends {messages[-1].content[-60:]!r}",
+                expected=f"at most {self.context_tokens} tokens",
+                do="shorten it, or leave it out",
+            )
+        return Encoded(tuple(ids), spans)
+
+    def _final_user_start(self, messages: Sequence[Message], text: str) -> int:
+        """Character where the last message's content stands in the rendered text, found by a stand-in."""
+        mark = "\u2402moesteer\u2403"
+        content = messages[-1].content.strip()
+        start = self.render([*messages[:-1], Message(messages[-1].role, mark)]).rfind(mark)
+        if start < 0 or text[start : start + len(content)] != content:
+            raise DataError(
+                "the chat template does not write the last message as it is",
+                where=f"the conversation that ends {content[-60:]!r}",
+                expected="its content, word for word, in the prompt",
+                do="capture the span 'prompt' instead of 'final_user'",
+            )
+        return start
+
+    @property
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else (self._stops or [0])[0])
+
+    def pad(self, sequences: Sequence[Sequence[int]], *, left: bool = True) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask [batch, longest], on the model's device."""
+        width = max(len(ids) for ids in sequences)
+        input_ids = torch.full((len(sequences), width), self._pad_id)
+        attention = torch.zeros((len(sequences), width), dtype=torch.long)
+        for row, ids in enumerate(sequences):
+            place = slice(width - len(ids), width) if left else slice(0, len(ids))
+            input_ids[row, place] = torch.tensor(ids)
+            attention[row, place] = 1
+        return input_ids.to(self.device), attention.to(self.device)
+
+
+def _stop_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """End tokens, the generation config's first."""
+    declared = hf.generation_config.eos_token_id if hf.generation_config is not None else None
+    ids = declared if isinstance(declared, list) else [declared]
+    return list(dict.fromkeys(int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None))
