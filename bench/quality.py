@@ -3,8 +3,7 @@
     python bench/quality.py [--seeds 0 1 2] [--jobs 2] [--only jailbreak-defense ...] [--no-ablations]
 
 Each run is `moesteer steer` with everything switched on, in its own process and folder (runs/quality), so that a
-killed benchmark goes on where it was. What does not depend on the seed (the unsteered model on lab data) is played
-once and handed to the other seeds. Each process uses one thread: on a small model two runs side by side are faster
+killed benchmark goes on where it was. Each process uses one thread: on a small model two runs side by side are faster
 than one run on two threads.
 """
 
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -36,9 +34,9 @@ def ablations() -> list[Any]:
     from moesteer.detection.method import Method
 
     def of(base: Method, name: str, **preset: Any) -> Method:
-        variants = [{k: v for k, v in variant.items() if k not in preset} for variant in base.variants]
-        unique = [variant for i, variant in enumerate(variants) if variant not in variants[:i]]
-        return replace(base, name=f"{base.name}.{name}", preset=preset, variants=unique, gated=False)
+        own = {**({"l1": 3.0} if base is masc.METHOD else {}), **preset}
+        alphas = (0.25, 0.5, 1.0) if base is masc.METHOD else (0.2, 0.3, 0.4)
+        return replace(base, name=f"{base.name}.{name}", preset=own, variants=({},), alphas=alphas, gated=False)
 
     found = [
         replace(of(masc.METHOD, "labels-published", span="final_user", keep=()), contrast="published"),
@@ -88,16 +86,6 @@ def place(root: Path, scenario: str, seed: int, kind: str) -> Path:
     return root / kind / f"{scenario}-seed{seed}"
 
 
-def hand_over(source: Path, target: Path) -> None:
-    """Give a new run what another seed played of the unsteered model; rows are taken up only where they fit."""
-    for name in ("fit", "none"):
-        ready = source / "responses" / f"{name}.jsonl"
-        if ready.exists() and not target.exists():
-            (target / "responses").mkdir(parents=True, exist_ok=True)
-        if ready.exists() and not (target / "responses" / f"{name}.jsonl").exists():
-            shutil.copyfile(ready, target / "responses" / f"{name}.jsonl")
-
-
 def run_all(plan: Sequence[tuple[str, int, str]], *, root: Path, jobs: int) -> None:
     """Every run of the plan, `jobs` at a time; stops at the first that fails."""
     waiting, running = list(plan), dict[subprocess.Popen[bytes], tuple[str, int, str]]()
@@ -145,7 +133,11 @@ def write(tables: Mapping[str, Any]) -> None:
     page = DOCS / "results.md"
     text = page.read_text(encoding="utf-8")
     before, after = text.split(START)[0], text.split(END)[1]
-    titles = {"quality": "## Every method and control", "reversed": "## Reversed, for audits", "ablations": "## Ablations"}
+    titles = {
+        "quality": "## Every method and control",
+        "reversed": "## Reversed, for audits",
+        "ablations": "## Ablations",
+    }
     body = "\n\n".join(f"{titles[kind]}\n\n{markdown(table)}" for kind, table in tables.items())
     page.write_text(f"{before}{START}\n\n{body}\n{END}{after}", encoding="utf-8")
 

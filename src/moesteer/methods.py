@@ -7,6 +7,7 @@ named: `moesteer methods`, `detect`, `steer`, scenarios (docs/adding-a-method.md
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
@@ -19,6 +20,10 @@ from moesteer.detection.risk_difference import METHODS as STEERMOE
 from moesteer.errors import InputError, UnknownNameError
 
 GROUP = "moesteer.methods"
+NAME = re.compile("[a-z0-9]+(-[a-z0-9]+)*")
+"""A method's name is also that of its files in a run directory."""
+TAKEN = ("all", "none", "none-again", "residual-direction")
+"""What `steer` calls other things."""
 BUILT_IN: tuple[Method, ...] = (
     *STEERMOE,
     masc_published.METHOD,
@@ -42,7 +47,9 @@ def methods() -> Mapping[str, Method]:
             raise _wrong(entry, f"it cannot be imported ({type(error).__name__}: {error})") from error
         if not isinstance(method, Method):
             raise _wrong(entry, f"it is a {type(method).__name__}")
-        if method.name in found or method.name in CONTROLS:
+        if not NAME.fullmatch(method.name):
+            raise _wrong(entry, f"it is called {method.name!r}, not small letters, digits and hyphens")
+        if method.name in found or method.name in CONTROLS or method.name in TAKEN:
             raise _wrong(entry, f"there is a method {method.name!r} already")
         found[method.name] = method
     return found

@@ -1,4 +1,4 @@
-"""Traces of noise in which labels lean to experts: what a method should find is known. 3 layers, 6 experts, 2 selected.
+"""Traces of noise in which labels lean to experts: what a method should find is known. 3 layers, 12 experts, 2 selected.
 
 A class (unwanted, wanted, keep) leans by so much to so many (layer, expert) entries, at every token.
 """
@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.unit.traces_by_hand import Spoken, write
 
-SHAPE = (3, 6)
+SHAPE = (3, 12)
 TOLD_BY = (1, 4)
 """The wanted lean to this expert, the unwanted away from it."""
 KEPT_BY = (2, 0)

@@ -83,6 +83,8 @@ class Model(Chat):
         self._steering: MaskTables | None = None
         self._applied: Applied | None = None
         self._memory: Memory | None = None
+        self.shifts = 0
+        """Blocks of backends/shifting.py around now: with one, a model without masks is not as it is."""
 
     @property
     def parameters(self) -> int:
@@ -176,7 +178,7 @@ class Model(Chat):
     ) -> dict[int, Generation]:
         """Remembered replies, by place in the batch, of requests on which nothing acts."""
         memory = self._memory
-        if memory is None or (self._steering is not None and acting is None):
+        if memory is None or self.shifts or (self._steering is not None and acting is None):
             return {}
         return {
             i: memory.replies[one.token_ids, most]
@@ -185,7 +187,12 @@ class Model(Chat):
         }
 
     def _remember(self, encoded: Encoded, acting: tuple[int, ...] | None, most: int, generation: Generation) -> None:
-        if self._memory is not None and not acting and (acting is not None or self._steering is None):
+        if (
+            self._memory is not None
+            and not self.shifts
+            and not acting
+            and (acting is not None or self._steering is None)
+        ):
             self._memory.replies[encoded.token_ids, most] = generation
 
     def _acting(self, encoded: Sequence[Encoded], rows: Sequence[int] | None) -> list[tuple[int, ...]] | None:

@@ -201,8 +201,12 @@ def shifted(
     moved = Shifted(model, directions, strengths)
     if rows is not None:
         moved.set_rows(rows)
-    with after_layers({d.layer_id: layers[d.layer_id] for d in directions}, moved.after):
-        yield moved
+    model.shifts += 1
+    try:
+        with after_layers({d.layer_id: layers[d.layer_id] for d in directions}, moved.after):
+            yield moved
+    finally:
+        model.shifts -= 1
     moved.require_effect()
 
 

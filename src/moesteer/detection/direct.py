@@ -40,6 +40,8 @@ from moesteer.progress import Progress
 TEACHER_BYTES = 512 * 1024 * 1024
 """Unsteered log-probabilities of protected text are kept in memory up to this size, and else recomputed."""
 SAVE_EVERY_S = 10.0
+SMALLEST = 1e-6
+"""A first gradient that is nowhere larger (nats a token for one sigma) is rounding, which Adam would magnify."""
 
 
 class ThroughModel(Protocol):
@@ -80,6 +82,8 @@ class Settings:
         for name in ("keep_weight", "l1"):
             number("direct", name, getattr(self, name), above=False)
         number("direct", "learning_rate", self.learning_rate, above=True)
+        if self.conversations is not None:
+            whole("direct", "conversations", self.conversations, least=1)
         for name in ("max_tokens", "max_seconds"):
             if getattr(self, name) is not None:
                 number("direct", name, getattr(self, name), above=True)
@@ -148,10 +152,10 @@ def detect(
     used = {**asdict(settings), "targets": len(targets), "keeps": len(keeps)}
     if not found.any():
         raise NoEffectError(
-            "direct ended with no entry: no routing weight carries a gradient, or the pull of the L1 term won",
+            "direct ended with no entry: the pull of the L1 term won",
             where=f"settings {used}",
             expected="at least one expert with a strength",
-            do="lower l1, or give more steps; `moesteer models MODEL` says where weights are constant",
+            do="lower l1, or give more steps",
         )
     info = MaskInfo(
         fingerprint=model.fingerprint, method="direct", settings=used, intent=Intent(toward=toward),
@@ -248,11 +252,23 @@ class _Optimisation:
             change += float(changed.detach()) / counts[0]
             keep += float(held.detach()) / counts[1]
             self.tokens += len(part) * max(len(one.token_ids) for one, _ in part)
+        if not self.losses:
+            self._require_gradient()
         self.optimizer.step()
         with torch.no_grad():
             self.strength_LE.copy_(self.strength_LE.sign() * (self.strength_LE.abs() - s.l1 * rate).clamp(min=0))
             self.strength_LE *= self.open_L[:, None]
         self.losses.append((change, keep))
+
+    def _require_gradient(self) -> None:
+        gradient = self.strength_LE.grad
+        if gradient is None or float(gradient.abs().max()) < SMALLEST:
+            raise NoEffectError(
+                "the router logits have no gradient: the weights of the selected experts do not depend on them",
+                where=f"direct on a {self.model.fingerprint.model_type} ({self.model.fingerprint.scoring})",
+                expected="routing weights that vary; the one weight of a renormalised top-1 router is always 1",
+                do="use method `causal` or `risk-difference`, which need no gradient",
+            )
 
     def _loss(self, part: Sequence[tuple[EncodedResponse, int]]) -> tuple[Tensor, Tensor]:
         """(summed cross-entropy of wanted responses, summed KL on kept ones) of one pass; targets come first."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from moesteer.detection.logistic import logistic, sigmoid
-from moesteer.errors import EmptyDataError, NoEffectError
+from moesteer.errors import EmptyDataError, InputError, NoEffectError
 from moesteer.gate import GateInfo, GateRate, Pool
 from moesteer.mask import SteeringMask
 
@@ -103,10 +103,15 @@ def fit(target: Side, protected: Side, *, penalties: Sequence[float] = PENALTIES
 
 def threshold(probe: Probe, *, false_positives: float) -> float:
     """The smallest probability (but for a millionth) at which at most this share of the protected requests left out
-    still fires. Raises NoEffectError where more of them look like the target with certainty.
+    still fires. Raises NoEffectError where more of them look like the target with certainty, InputError.
     """
     if not 0.0 <= false_positives < 1.0:
-        raise ValueError(f"a share of false positives is in [0, 1), not {false_positives}")
+        raise InputError(
+            f"no gate has a share of false positives of {false_positives:g}",
+            where="the gate's threshold (false_positives)",
+            expected="a number of 0 or more, and less than 1",
+            do="give one, for example 0.01",
+        )
     allowed = int(false_positives * len(probe.protected_M))
     score = np.sort(probe.protected_M)[::-1][allowed]
     probability = float(sigmoid(score))

@@ -152,7 +152,7 @@ def _detect(
     keep: Sequence[str] = ("keep",),
     span: str = "final_turn",
     surrogate_kind: surrogate.Kind = "lstm",
-    surrogates: int = 4,
+    surrogates: int = 8,
     start: str = "zero",
     keep_weight: float = 2.0,
     steps: int = 200,
@@ -165,7 +165,7 @@ def _detect(
     """One mask per lambda, all optimised in one batch (see detect)."""
     _require_settings(
         lambdas=lambdas, surrogates=surrogates, start=start, keep_weight=keep_weight, steps=steps, batch=batch,
-        learning_rate=learning_rate,
+        learning_rate=learning_rate, conversations=conversations,
     )  # fmt: skip
     open_L = torch.from_numpy(rows_of_layers(trace.fingerprint, layers))
     found = read(trace, toward=toward, keep=keep, span=span).sample(conversations, seed=seed)
@@ -208,7 +208,7 @@ def detect(
     keep: Sequence[str] = ("keep",),
     span: str = "final_turn",
     surrogate_kind: surrogate.Kind = "lstm",
-    surrogates: int = 4,
+    surrogates: int = 8,
     start: str = "zero",
     keep_weight: float = 2.0,
     steps: int = 200,
@@ -321,12 +321,14 @@ def _facts(found: Labelled, stack: surrogate.Stack, train: list[int], held: list
 
 def _require_settings(
     *, lambdas: Sequence[float], surrogates: int, start: str, keep_weight: float, steps: int, batch: int,
-    learning_rate: float,
+    learning_rate: float, conversations: int | None,
 ) -> None:  # fmt: skip
     for l1 in lambdas:
         number("masc", "l1", l1, above=False)
-    for name, value in (("surrogates", surrogates), ("steps", steps), ("batch", batch)):
-        whole("masc", name, value, least=1)
+    counts = {"surrogates": surrogates, "steps": steps, "batch": batch, "conversations": conversations}
+    for name, value in counts.items():
+        if name != "conversations" or value is not None:
+            whole("masc", name, value, least=1)
     number("masc", "keep_weight", keep_weight, above=False)
     number("masc", "learning_rate", learning_rate, above=True)
     if start not in STARTS:
@@ -339,8 +341,8 @@ METHOD = Method(
     detect=detect,
     contrast="matched",
     grid=detect_grid,
-    variants=({"l1": 0.0}, {"l1": 0.1}, {"l1": 0.3}, {"l1": 1.0}),
+    variants=({"l1": 1.0}, {"l1": 3.0}, {"l1": 6.0}),
     alphas=(0.25, 0.5, 0.75, 1.0),
     gated=True,
-    gated_alphas=(0.5, 1.0, 2.0),
+    gated_alphas=(0.75, 1.0, 1.5),
 )

@@ -5,7 +5,8 @@ Three kinds behind one interface, all of router logits [T, L, E] of one sequence
 - **lstm**: LayerNorm over the E experts of a layer, Linear(E, 16) shared by all layers, flattened to 16 L, one LSTM
   layer of 64 over the tokens, Linear (MASCing, arXiv:2604.27818, section 3.2).
 - **gru**: the same with a GRU layer.
-- **linear**: one linear map of the logits averaged over the tokens: what the other two must beat.
+- **linear**: one linear map of the logits averaged over the tokens, fitted to its optimum: what the other two must
+  beat.
 
 A `Stack` holds G surrogates of one kind that differ in their random start, as one set of tensors with G in front, so
 that all seeds are fitted, and all masks optimised through them, in one batch.
@@ -31,6 +32,8 @@ Kind = Literal["lstm", "gru", "linear"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PROJECTION = 16
 HIDDEN = 64
+RIDGE = 1e-2
+"""Of the linear surrogate's squared weights, against a mean cross-entropy."""
 
 
 class Stack(nn.Module):
@@ -96,9 +99,10 @@ class Stack(nn.Module):
         return torch.einsum("bgh,ghc->gbc", last, self.head) + self.head_bias[:, None]
 
     def _linear(self, logits_GBTLE: Tensor, lengths_B: Tensor) -> Tensor:
-        inside = (torch.arange(logits_GBTLE.shape[2]) < lengths_B[:, None]).to(logits_GBTLE.dtype)
-        pooled = torch.einsum("gbtle,bt->gble", logits_GBTLE, inside / lengths_B[:, None]).flatten(2)
-        scaled = ((pooled - self.mean) / self.scale).expand(len(self.seeds), -1, -1)
+        return self._linear_of_means(_means(logits_GBTLE, lengths_B))
+
+    def _linear_of_means(self, means_GBF: Tensor) -> Tensor:
+        scaled = ((means_GBF - self.mean) / self.scale).expand(len(self.seeds), -1, -1)
         return torch.baddbmm(self.bias[:, None], scaled, self.weight)
 
     def _lstm(self, entering_GBTH: Tensor) -> Tensor:
@@ -177,28 +181,25 @@ def fit(
 ) -> Stack:
     """Frozen surrogates, one per seed, fitted on the sequences `train` (Adam; MASCing's numbers are the defaults).
 
-    classes 2 gives one output and binary cross-entropy, as published. The same seeds give the same result on one
-    machine with one thread count. Raises NanLogitsError when a fit diverges.
+    classes 2 gives one output and binary cross-entropy, as published. All surrogates of a stack see the sequences in
+    one order, that of the least seed. The linear kind is convex: its ridge optimum is found by L-BFGS, whatever the
+    seeds, epochs, batch and learning rate. The same seeds give the same result on one machine with one thread count.
+    Raises NanLogitsError when a fit diverges.
     """
     _, _, layers, experts = data.logits_NTLE.shape
     outputs = 1 if classes == 2 else classes
     stack = Stack(kind, layers=layers, experts=experts, outputs=outputs, seeds=seeds)
     chosen = torch.tensor(list(train))
     if kind == "linear":
-        _standardise(stack, data, chosen)
-    optimizer = torch.optim.Adam(stack.parameters(), lr=learning_rate, weight_decay=1e-2 if kind == "linear" else 0.0)
+        _fit_linear(stack, data, chosen)
+        return stack.eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(stack.parameters(), lr=learning_rate)
     order = torch.Generator().manual_seed(min(seeds))
     for _ in range(epochs):
         for part in torch.split(chosen[torch.randperm(len(chosen), generator=order)], batch):
             logits, lengths, labels = data.part(part)
             loss = stack.loss(stack(logits, lengths), labels).sum()
-            if not bool(torch.isfinite(loss)):
-                raise NanLogitsError(
-                    f"the {kind} surrogate's loss is not finite",
-                    where=f"{len(chosen)} sequences, learning rate {learning_rate:g}",
-                    expected="finite numbers",
-                    do="lower the learning rate, or check the trace for extreme logits",
-                )
+            _require_finite(loss, stack, f"{len(chosen)} sequences, learning rate {learning_rate:g}")
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -217,10 +218,35 @@ def accuracy(stack: Stack, data: Sequences, chosen: Sequence[int], *, batch: int
     return right.numpy().astype(np.float64) / len(chosen)
 
 
-def _standardise(stack: Stack, data: Sequences, chosen: Tensor) -> None:
-    """Mean and deviation of the pooled logits, so that one penalty and one learning rate fit every expert."""
-    logits, lengths, _ = data.part(chosen)
-    inside = (torch.arange(logits.shape[2]) < lengths[:, None]).float() / lengths[:, None]
-    pooled = torch.einsum("btle,bt->ble", logits[0], inside).flatten(1)
-    stack.mean.copy_(pooled.mean(0))
-    stack.scale.copy_(pooled.std(0) + 1e-6)
+def _means(logits_GBTLE: Tensor, lengths_B: Tensor) -> Tensor:
+    """[G, B, L E]: each sequence's logits averaged over its true tokens."""
+    inside = (torch.arange(logits_GBTLE.shape[2]) < lengths_B[:, None]).to(logits_GBTLE.dtype)
+    return torch.einsum("gbtle,bt->gble", logits_GBTLE, inside / lengths_B[:, None]).flatten(2)
+
+
+def _fit_linear(stack: Stack, data: Sequences, chosen: Tensor) -> None:
+    """The minimum of the mean cross-entropy and RIDGE / 2 |weight|^2, on standardised means of logits."""
+    logits, lengths, labels = data.part(chosen)
+    means = _means(logits, lengths)
+    stack.mean.copy_(means[0].mean(0))
+    stack.scale.copy_(means[0].std(0, correction=0) + 1e-6)
+    optimizer = torch.optim.LBFGS(stack.parameters(), max_iter=500, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = stack.loss(stack._linear_of_means(means), labels).sum() + RIDGE / 2 * stack.weight.square().sum()
+        _require_finite(value, stack, f"{len(chosen)} sequences")
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+
+
+def _require_finite(loss: Tensor, stack: Stack, where: str) -> None:
+    if not bool(torch.isfinite(loss)):
+        raise NanLogitsError(
+            f"the {stack.kind} surrogate's loss is not finite",
+            where=where,
+            expected="finite numbers",
+            do="lower the learning rate, or check the trace for extreme logits",
+        )

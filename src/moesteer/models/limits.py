@@ -46,10 +46,10 @@ def require_together(masks: Sequence[SteeringMask], alphas: Sequence[float | Non
     both = (tables > 0).any(0) & (tables < 0).any(0)
     if both.any():
         row, expert = (int(i) for i in np.argwhere(both)[0])
+        more = int(both.sum()) - 1
         raise MaskContentError(
             "masks applied together switch the same expert on and off",
-            where=f"layer {routers[row].layer_id}, expert {expert}"
-            + (f", and {both.sum() - 1} more" * (both.sum() > 1)),
+            where=f"layer {routers[row].layer_id}, expert {expert}" + (f", and {more} more" if more else ""),
             expected="forces that agree wherever two masks name the same expert",
             do="make one mask of them with a rule: `moesteer mask compose --op union --conflict first`",
         )

@@ -22,7 +22,8 @@ from moesteer.routing import FORCE_EPS
 class Receipt:
     """What steering did. Positions count padding; a position passes every router once.
 
-    changed of checked: selections (one router, one position) that steering changed, on each router's first steered call.
+    changed of checked: selections (one router, one position) that steering changed, on each router's first call in
+    which a mask acts.
     fired of gated: requests on which a gate fired, of those that one decided (one count per request and gated mask).
     acted: whether a mask with an alpha other than 0 was to steer any of it.
     """
