@@ -76,7 +76,8 @@ def capture(
 ) -> TraceReader:
     """Capture the spans' tokens of every conversation to the trace folder `out`, or go on with it.
 
-    spans: "final_user" (content of the last user message; MASCing), "prompt" (all of it), "response" (the
+    spans: "final_user" (content of the last user message; MASCing), "final_turn" (from there to where the reply
+    begins), "prompt" (all of it), "response" (the
     conversation's `reference`, teacher-forced; SteerMoE's safety pairs). level: "selected" keeps expert ids
     only. Logits are raw (before steering) and float16; within `model.steered(...)` the manifest names the mask.
     Raises EmptyDataError, TraceLabelError (a response is wanted and missing), NanLogitsError, RunDirectoryError.

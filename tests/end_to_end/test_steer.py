@@ -38,13 +38,24 @@ steps = 12
 targets_per_step = 8
 keeps_per_step = 12
 alphas = [0.5, 1.0]
+gated_alphas = [1.0]
+false_positives = [0.0, 0.05]
 
 [settings.risk-difference]
-forced = [[4, 0]]
-alphas = [1.0]
+variants = [{ on = 4, off = 0 }]
+gated_alphas = [2.0]
+false_positives = [0.05]
+
+[settings.masc]
+variants = [{ l1 = 1.0 }]
+alphas = [0.5]
+gated_alphas = [1.0]
+false_positives = [0.05]
+surrogates = 2
+steps = 20
 
 [settings.masc-published]
-lambdas = [1e-4]
+variants = [{ l1 = 1e-4 }]
 alphas = [0.5]
 epochs = 5
 
@@ -110,7 +121,9 @@ def test_it_ends_with_results_a_report_and_a_mask(finished: tuple[Path, int, str
     run, code, out = finished
     results = json.loads((run / "results.json").read_text())
     assert code == (0 if all(check["passed"] for check in results["checks"]) else 3)
-    assert {"none", "none-again", "random", "risk-difference", "masc-published", "direct"} == set(results["methods"])
+    methods = {"risk-difference", "masc-published", "masc", "direct"}
+    gated = {"risk-difference+gate", "masc+gate", "direct+gate"}
+    assert {"none", "none-again", "random", *methods, *gated} == set(results["methods"])
     assert "report:" in out and (run / "report.html").stat().st_size > 1e5
     assert json.loads((run / "run.json").read_text())["status"] == "complete"
     for name, entry in results["methods"].items():

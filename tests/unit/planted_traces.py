@@ -1,4 +1,4 @@
-"""Traces of noise in which labels lean to experts: what a method should find is known. 3 layers, 12 experts, 2 selected.
+"""Traces of noise in which labels lean to experts: what a method should find is known. 3 layers, 12 experts, k = 2.
 
 A class (unwanted, wanted, keep) leans by so much to so many (layer, expert) entries, at every token.
 """

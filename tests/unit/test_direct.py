@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from moesteer import files
-from moesteer.backends.checkpointing import checkpointed
 from moesteer.backends.chat import Encoded
+from moesteer.backends.checkpointing import checkpointed
 from moesteer.backends.layers import decoder_layers
 from moesteer.detection import direct
 from moesteer.detection.direct import detect
@@ -209,7 +209,7 @@ def test_checkpointing_keeps_the_inputs_of_the_layers_and_little_else(model_of):
     for checkpointing in (False, True):
         saved, inputs = {}, []
         hooks = [
-            layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].numel() * 4))
+            layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].numel() * 4))  # noqa: B023
             for layer in layers.values()
         ]
 

@@ -123,7 +123,7 @@ def test_an_entry_point_that_cannot_be_used_is_said_with_its_package(install, so
 def test_two_packages_of_one_name_are_an_error_that_names_the_second(install):
     install("my-methods", {"my_methods.py": SOURCE.replace("NAME", "mine")}, {"a": "my_methods:METHOD"})
     install("other-methods", {"other_methods.py": SOURCE.replace("NAME", "mine")}, {"b": "other_methods:METHOD"})
-    with pytest.raises(InputError, match="the method 'b' of other-methods .*there is a method 'mine' already"):
+    with pytest.raises(InputError, match=r"the method 'b' of other-methods .*there is a method 'mine' already"):
         methods()
 
 
@@ -179,7 +179,7 @@ def test_a_scenarios_settings_are_divided_into_what_is_tried_and_the_methods_own
      ({"variants": [{"size": 1}, {"colour": 1}]}, "[settings.plain] variants of the scenario")],
 )  # fmt: skip
 def test_a_setting_that_a_method_lacks_is_an_error(given, where):
-    with pytest.raises(UnknownNameError, match="plain has no setting (colour|seed)") as caught:
+    with pytest.raises(UnknownNameError, match=r"plain has no setting (colour|seed)") as caught:
         settings_for(PLAIN, given)
     assert caught.value.where == where and caught.value.expected == "size (1), shape ('round')"
 

@@ -17,7 +17,11 @@ from moesteer.errors import DataError, FileError, LimitError, MoesteerError, Sce
 from moesteer.evaluate.judges import REFUSAL_PHRASES, Reply
 from moesteer.lab import world
 
-BUILT_IN = ("faithfulness", "jailbreak-defense", "restricted-content")
+BUILT_IN = tuple(
+    f"{name}{kind}"
+    for name in ("faithfulness", "jailbreak-defense", "restricted-content")
+    for kind in ("", "-reversed")
+)
 SPLITS = ("fit", "select", "test")
 
 GOOD = """
@@ -271,7 +275,7 @@ def test_no_tactic_of_a_lab_scenarios_target_is_in_two_splits(name):
     found = scenario.splits(loaded, seed=0)[loaded.target.name]
     tactics = {split: {r.tactic for r in rows} - {"direct", None} for split, rows in found.items()}
     assert sum(map(len, tactics.values())) == len(set().union(*tactics.values()))
-    if name == "jailbreak-defense":
+    if name.startswith("jailbreak-defense"):
         assert all(len(found) >= 3 for found in tactics.values())
     else:
         assert not any(tactics.values())  # single requests: no tactic to divide

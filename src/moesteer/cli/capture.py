@@ -17,7 +17,9 @@ def capture(
     out: Annotated[Path, typer.Option(help="Folder of the trace.")],
     span: Annotated[
         list[str] | None,
-        typer.Option(help="final_user, prompt or response; repeat for more. Default: final_user.", show_default=False),
+        typer.Option(
+            help="final_user, final_turn, prompt, response; repeat for more. Default: final_user.", show_default=False
+        ),
     ] = None,
     level: Annotated[str, typer.Option(help="logits (and selections), or selected: expert ids only.")] = "logits",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many conversations.")] = None,

@@ -51,6 +51,8 @@ from moesteer.trace import TraceReader
 
 UNWANTED, WANTED, KEEP = 0, 1, 2
 HELD_OUT = 0.2
+PER_STEP = 2
+"""Surrogates that one step goes through, drawn from all: every one is heard, at the cost of two."""
 STARTS = ("zero", "random")
 BATCH_BYTES = 256 * 1024 * 1024
 """Steered logits of one step, over all lambdas, stay below this: the batch shrinks where they would not."""
@@ -152,11 +154,11 @@ def _detect(
     keep: Sequence[str] = ("keep",),
     span: str = "final_turn",
     surrogate_kind: surrogate.Kind = "lstm",
-    surrogates: int = 8,
+    surrogates: int = 4,
     start: str = "zero",
     keep_weight: float = 2.0,
-    steps: int = 200,
-    batch: int = 96,
+    steps: int = 120,
+    batch: int = 64,
     learning_rate: float = 0.05,
     conversations: int | None = None,
     layers: Sequence[int] | None = None,
@@ -208,11 +210,11 @@ def detect(
     keep: Sequence[str] = ("keep",),
     span: str = "final_turn",
     surrogate_kind: surrogate.Kind = "lstm",
-    surrogates: int = 8,
+    surrogates: int = 4,
     start: str = "zero",
     keep_weight: float = 2.0,
-    steps: int = 200,
-    batch: int = 96,
+    steps: int = 120,
+    batch: int = 64,
     learning_rate: float = 0.05,
     conversations: int | None = None,
     layers: Sequence[int] | None = None,
@@ -248,7 +250,7 @@ def _optimise(
     learning_rate: float,
     seed: int,
 ) -> Tensor:
-    """S [lambdas, L, E]. Each lambda's S is pulled by every surrogate; all pass through in one batch."""
+    """S [lambdas, L, E]. Each step goes through a few surrogates, drawn anew, with all lambdas in one batch."""
     _, _, layers, experts = found.data.logits_NTLE.shape
     generator = torch.Generator().manual_seed(seed)
     shape = (layers, experts)  # one start for all, so that a lambda's mask does not depend on those beside it
@@ -262,12 +264,14 @@ def _optimise(
     with Progress("masc: through the surrogate", total=steps, unit="steps") as progress:
         for _ in range(steps):
             picked = [part[torch.randperm(len(part), generator=generator)[:each]] for part in (change, hold)]
+            drawn = torch.randperm(len(stack.seeds), generator=generator)[:PER_STEP]
             loss = torch.zeros(())
             for part, weight in zip(picked, (1.0, keep_weight), strict=True):
                 logits, lengths, labels = found.data.part(part)
                 goal = torch.where(labels == UNWANTED, torch.full_like(labels, WANTED), labels)
                 steered = logits + (sigma_L[:, None] * matrix)[:, None, None]
-                loss = loss + weight * _through_all(stack, steered, lengths, goal).sum()
+                with stack.only(drawn):
+                    loss = loss + weight * _through_all(stack, steered, lengths, goal).sum()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -280,7 +284,7 @@ def _optimise(
 
 
 def _through_all(stack: surrogate.Stack, steered_MBTLE: Tensor, lengths_B: Tensor, goal_B: Tensor) -> Tensor:
-    """[M] loss of each lambda's logits, averaged over the surrogates: all M x G pairs in one pass."""
+    """[M] loss of each lambda's logits, averaged over the surrogates: all in one pass."""
     count = len(steered_MBTLE)
     verdicts = stack(steered_MBTLE.flatten(0, 1)[None], lengths_B.repeat(count))
     return stack.loss(verdicts.view(-1, len(goal_B), verdicts.shape[-1]), goal_B).view(-1, count).mean(0)

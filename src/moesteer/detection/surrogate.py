@@ -17,7 +17,8 @@ Sizes: G surrogates, B sequences, T tokens (right-padded), L layers, E experts, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -61,6 +62,7 @@ class Stack(nn.Module):
                 f"no surrogate {kind!r}", where="surrogate", expected=", ".join(KINDS), do="name one of these"
             )
         self.kind, self.outputs, self.seeds = kind, outputs, tuple(seeds)
+        self._chosen: Tensor | None = None
         inner = PROJECTION * layers
         gates = {"lstm": 4 * HIDDEN, "gru": 3 * HIDDEN, "linear": 0}[kind]
         if kind == "linear":
@@ -86,24 +88,43 @@ class Stack(nn.Module):
         self.norm = nn.Parameter(torch.ones(len(seeds), experts))
         self.norm_bias = nn.Parameter(torch.zeros(len(seeds), experts))
 
+    @contextmanager
+    def only(self, chosen: Tensor) -> Iterator[None]:
+        """Inside the block the stack is these of its surrogates, by number."""
+        self._chosen = chosen
+        try:
+            yield
+        finally:
+            self._chosen = None
+
+    def _of(self, name: str) -> Tensor:
+        every: Tensor = getattr(self, name)
+        return every if self._chosen is None else every[self._chosen]
+
     def forward(self, logits_GBTLE: Tensor, lengths_B: Tensor) -> Tensor:
         """[G, B, C] from right-padded logits (their G may be 1: the same for every surrogate) and true lengths."""
         if self.kind == "linear":
             return self._linear(logits_GBTLE, lengths_B)
         normed = nn.functional.layer_norm(logits_GBTLE, logits_GBTLE.shape[-1:])
-        normed = normed * self.norm[:, None, None, None] + self.norm_bias[:, None, None, None]
-        projected = torch.einsum("gbtle,gep->gbtlp", normed, self.project) + self.project_bias[:, None, None, None]
-        entering = torch.einsum("gbti,gih->gbth", projected.flatten(3), self.enter) + self.enter_bias[:, None, None]
+        normed = normed * self._of("norm")[:, None, None, None] + self._of("norm_bias")[:, None, None, None]
+        projected = (
+            torch.einsum("gbtle,gep->gbtlp", normed, self._of("project"))
+            + self._of("project_bias")[:, None, None, None]
+        )
+        entering = (
+            torch.einsum("gbti,gih->gbth", projected.flatten(3), self._of("enter"))
+            + self._of("enter_bias")[:, None, None]
+        )
         states = self._lstm(entering) if self.kind == "lstm" else self._gru(entering)
         last = states[lengths_B - 1, :, torch.arange(len(lengths_B))]  # [B, G, H]
-        return torch.einsum("bgh,ghc->gbc", last, self.head) + self.head_bias[:, None]
+        return torch.einsum("bgh,ghc->gbc", last, self._of("head")) + self._of("head_bias")[:, None]
 
     def _linear(self, logits_GBTLE: Tensor, lengths_B: Tensor) -> Tensor:
         return self._linear_of_means(_means(logits_GBTLE, lengths_B))
 
     def _linear_of_means(self, means_GBF: Tensor) -> Tensor:
-        scaled = ((means_GBF - self.mean) / self.scale).expand(len(self.seeds), -1, -1)
-        return torch.baddbmm(self.bias[:, None], scaled, self.weight)
+        scaled = ((means_GBF - self.mean) / self.scale).expand(len(self._of("weight")), -1, -1)
+        return torch.baddbmm(self._of("bias")[:, None], scaled, self._of("weight"))
 
     def _lstm(self, entering_GBTH: Tensor) -> Tensor:
         """States [T, G, B, H]; gates in torch's order i, f, g, o."""
@@ -111,7 +132,7 @@ class Stack(nn.Module):
         hidden, cell = entering_GBTH.new_zeros(shape), entering_GBTH.new_zeros(shape)
         states = []
         for token in range(entering_GBTH.shape[2]):
-            gates = torch.baddbmm(self.turn_bias[:, None], hidden, self.turn) + entering_GBTH[:, :, token]
+            gates = torch.baddbmm(self._of("turn_bias")[:, None], hidden, self._of("turn")) + entering_GBTH[:, :, token]
             let, forget, new, out = gates.chunk(4, dim=-1)
             cell = forget.sigmoid() * cell + let.sigmoid() * new.tanh()
             hidden = out.sigmoid() * cell.tanh()
@@ -123,7 +144,7 @@ class Stack(nn.Module):
         hidden = entering_GBTH.new_zeros((*entering_GBTH.shape[:2], HIDDEN))
         states = []
         for token in range(entering_GBTH.shape[2]):
-            turned = torch.baddbmm(self.turn_bias[:, None], hidden, self.turn).chunk(3, dim=-1)
+            turned = torch.baddbmm(self._of("turn_bias")[:, None], hidden, self._of("turn")).chunk(3, dim=-1)
             entered = entering_GBTH[:, :, token].chunk(3, dim=-1)
             reset, keep = ((turned[i] + entered[i]).sigmoid() for i in range(2))
             hidden = (1 - keep) * (entered[2] + reset * turned[2]).tanh() + keep * hidden
