@@ -62,7 +62,7 @@ def ablations() -> list[Any]:
     return found
 
 
-def run_one(scenario: str, seed: int, *, kind: str, folder: Path) -> None:
+def run_one(scenario: str, seed: int, *, kind: str, folder: Path, limit: int | None = None) -> None:
     """One run of the pipeline, in this process."""
     import torch
 
@@ -74,11 +74,13 @@ def run_one(scenario: str, seed: int, *, kind: str, folder: Path) -> None:
     torch.set_num_threads(1)
     show.quiet_transformers()
     if kind == "ablations":
-        steer(MODEL, scenario=scenario, out=folder, methods=ablations(), controls=(), gate=False, seed=seed)
+        steer(
+            MODEL, scenario=scenario, out=folder, methods=ablations(), controls=(), gate=False, seed=seed, limit=limit
+        )
         return
     few = ("risk-difference", "masc", "direct", RESIDUAL)
     names = few if kind == "reversed" else (*methods(), RESIDUAL)
-    steer(MODEL, scenario=scenario, out=folder, methods=names, controls=tuple(CONTROLS), gate=True, seed=seed)
+    steer(MODEL, scenario=scenario, out=folder, methods=names, controls=tuple(CONTROLS), seed=seed, limit=limit)
 
 
 def place(root: Path, scenario: str, seed: int, kind: str) -> Path:
@@ -86,7 +88,7 @@ def place(root: Path, scenario: str, seed: int, kind: str) -> Path:
     return root / kind / f"{scenario}-seed{seed}"
 
 
-def run_all(plan: Sequence[tuple[str, int, str]], *, root: Path, jobs: int) -> None:
+def run_all(plan: Sequence[tuple[str, int, str]], *, root: Path, jobs: int, limit: int | None) -> None:
     """Every run of the plan, `jobs` at a time; stops at the first that fails."""
     waiting, running = list(plan), dict[subprocess.Popen[bytes], tuple[str, int, str]]()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -97,6 +99,7 @@ def run_all(plan: Sequence[tuple[str, int, str]], *, root: Path, jobs: int) -> N
             folder.parent.mkdir(parents=True, exist_ok=True)
             log = folder.with_suffix(".log").open("wb")
             command = [sys.executable, __file__, "--run", kind, scenario, str(seed), "--root", str(root)]
+            command += ["--limit", str(limit)] if limit is not None else []
             running[subprocess.Popen(command, stdout=log, stderr=log, env=env)] = (scenario, seed, kind)
             print(f"started  {kind:<10} {scenario} seed {seed}", flush=True)
         time.sleep(0.5)
@@ -124,13 +127,13 @@ def pooled(root: Path, scenario: str, seeds: Sequence[int], kind: str) -> dict[s
     return pool(scenarios.load(scenario), results, {s: {n: list(r) for n, r in m.items()} for s, m in rows.items()})
 
 
-def write(tables: Mapping[str, Any]) -> None:
+def write(tables: Mapping[str, Any], *, docs: Path) -> None:
     """docs/results.json, and the part of docs/results.md between the two marks."""
     from moesteer import files
     from moesteer.evaluate.quality_table import markdown
 
-    files.write_json(DOCS / "results.json", dict(tables))
-    page = DOCS / "results.md"
+    files.write_json(docs / "results.json", dict(tables))
+    page = docs / "results.md"
     text = page.read_text(encoding="utf-8")
     before, after = text.split(START)[0], text.split(END)[1]
     titles = {
@@ -150,16 +153,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[*SCENARIOS, *REVERSED])
     parser.add_argument("--root", type=Path, default=ROOT / "runs" / "quality")
     parser.add_argument("--no-ablations", action="store_true")
+    parser.add_argument("--limit", type=int, help="conversations per suite and split: a look, whose numbers say little")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="where results.json and results.md are")
     parser.add_argument("--run", nargs=3, metavar=("KIND", "SCENARIO", "SEED"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.run:
         kind, scenario, seed = given.run
-        run_one(scenario, int(seed), kind=kind, folder=place(given.root, scenario, int(seed), kind))
+        run_one(scenario, int(seed), kind=kind, folder=place(given.root, scenario, int(seed), kind), limit=given.limit)
         return
     plan = [(name, seed, "reversed" if name in REVERSED else "quality") for seed in given.seeds for name in given.only]
     if not given.no_ablations and ABLATED in given.only:
         plan += [(ABLATED, seed, "ablations") for seed in given.seeds]
-    run_all(plan, root=given.root, jobs=given.jobs)
+    run_all(plan, root=given.root, jobs=given.jobs, limit=given.limit)
     from moesteer.evaluate.quality_table import quality_table
 
     tables = {}
@@ -168,8 +173,8 @@ def main() -> None:
         if names:
             found = [pooled(given.root, name, given.seeds, kind) for name in names]
             tables[kind] = quality_table(found, command="python bench/quality.py")
-    write(tables)
-    print(f"written to {DOCS / 'results.json'} and {DOCS / 'results.md'}")
+    write(tables, docs=given.docs)
+    print(f"written to {given.docs / 'results.json'} and {given.docs / 'results.md'}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,15 @@ def detect(
     if method in CONTROLS:
         if like is None:
             raise _needs(method, "the mask to imitate", "give like=MASK (--like FILE)")
-        return CONTROLS[method](like, seed=int(given.pop("seed", seed))).mask
+        control = CONTROLS[method](like, seed=int(given.pop("seed", seed))).mask
+        if given:
+            raise UnknownNameError(
+                f"{method} has no setting {', '.join(sorted(given))}",
+                where="detect",
+                expected="seed, and nothing else: a control has its numbers from the mask it imitates",
+                do="leave the setting out",
+            )
+        return control
     if method not in known:
         expected = ", ".join([*known, *CONTROLS])
         raise UnknownNameError(f"no method {method!r}", where="detect", expected=expected, do="name one of these")

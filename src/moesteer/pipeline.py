@@ -280,7 +280,12 @@ class _Steering:
             return {}
         begun = time.monotonic()
         with self.clock.step("gate"):
-            fitted = gates.fit(self.model, self.scenario, self.data, seed=self.seed)
+            try:
+                fitted = gates.fit(self.model, self.scenario, self.data, seed=self.seed)
+            except (NoEffectError, EmptyDataError) as error:
+                self.failed["gate"] = str(error)
+                print(f"no gate: {error.what}", file=sys.stderr)
+                return {}
         self.facts["gate"] = plain(fitted.facts())
         found: list[Candidate] = []
         for one in gated:

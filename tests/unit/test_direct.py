@@ -64,7 +64,7 @@ def divergence(model, keeps, strength_LE, *, most):
 def test_the_losses_are_the_cross_entropy_and_the_divergence(model_of, name):
     """Of the first step at S = 0, and of a second at the S of the first; all conversations in every step."""
     model = model_of(name)
-    options = {**given(model), **QUICK, "targets_per_step": 9, "keeps_per_step": 9, "learning_rate": 0.4}
+    options = {**given(model), **QUICK, "targets_per_step": 9, "keeps_per_step": 9, "learning_rate": 3.0}
     zero = np.zeros((len(model.routers), model.fingerprint.experts))
     one = detect(model, **{**options, "steps": 1, "l1": 0.0})
     change, keep = one.facts["loss_first"]
@@ -98,6 +98,36 @@ def test_the_first_step_goes_down_the_slope_by_finite_differences(model_of, name
         compared += 1
         assert found[entry] == pytest.approx(-np.sign(slope) * 0.04, rel=1e-3), entry
     assert compared >= 5
+
+
+def test_the_slope_of_a_later_step_is_that_of_both_terms(model_of, monkeypatch):
+    """d/dS (cross-entropy + keep_weight KL), by finite differences at the S of the first step; KL weighs most."""
+    model, step, slopes, compared = model_of("gpt_oss"), 0.02, [], 0
+    real = torch.optim.Adam.step
+
+    def watched(self, *args, **kwargs):
+        slopes.append((self.param_groups[0]["params"][0].detach().clone(), self.param_groups[0]["params"][0].grad))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    options = {**given(model, targets=2, keeps=6), **QUICK, "targets_per_step": 9, "keeps_per_step": 9}
+    detect(model, **{**options, "steps": 2, "learning_rate": 0.5, "keep_weight": 20.0})
+    there_LE, slope_LE = (one.numpy().astype(np.float64) for one in slopes[1])
+
+    def objective(strength_LE):
+        harm = divergence(model, options["keeps"], strength_LE, most=5)
+        return cross_entropy(model, options["targets"], strength_LE, most=5) + 20.0 * harm
+
+    for entry in entries(model)[::2]:
+        ends = [there_LE + pushed(model, entry, size) for size in (step, -step)]
+        if all(
+            same(*(run_with(model, one, end, most=5)[1] for end in ends))
+            for one in options["targets"] + options["keeps"]
+        ):
+            compared += 1
+            expected = (objective(ends[0]) - objective(ends[1])) / (2 * step)
+            assert slope_LE[entry] == pytest.approx(expected, rel=0.03, abs=2e-3), entry
+    assert compared >= 3 and np.abs(slope_LE).max() > 0.05
 
 
 def test_the_wanted_responses_become_likely(model_of):

@@ -24,7 +24,7 @@ from moesteer.backends.checkpointing import checkpointed
 from moesteer.backends.gating import decide
 from moesteer.backends.layers import decoder_layers
 from moesteer.conversations import Message
-from moesteer.errors import DataError, NoEffectError
+from moesteer.errors import DataError, InputError, NoEffectError
 from moesteer.fingerprint import Fingerprint
 from moesteer.gate import Pool
 from moesteer.mask import SteeringMask
@@ -198,6 +198,14 @@ class Model(Chat):
     def _acting(self, encoded: Sequence[Encoded], rows: Sequence[int] | None) -> list[tuple[int, ...]] | None:
         """Which masks act on which conversation, gates decided; None where the tables need not be told."""
         applied, steering = self._applied, self._steering
+        known = len(applied.masks) if applied is not None else 0
+        if rows is not None and (len(rows) != len(encoded) or not all(0 <= row <= known for row in rows)):
+            raise InputError(
+                f"rows do not say which mask steers which conversation: {list(rows)[:20]}",
+                where=f"{len(encoded)} conversations, {known} masks applied",
+                expected="for each conversation 0 (none) or the number of a mask, from 1",
+                do="correct the rows",
+            )
         if applied is None or steering is None or (rows is None and not applied.gated):
             return None
         every = tuple(range(1, len(applied.masks) + 1))

@@ -150,6 +150,8 @@ def _context(run: Path, results: Results) -> dict[str, Any]:
         "outcome": wording.outcome(results),
         "tiles": tables.tiles(results, name),
         "failed": [check for check in results.checks if not check.passed],
+        "gates": [(name, method.gate) for name, method in results.methods.items() if method.gate is not None],
+        "warnings": _warnings(results),
         "table": tables.headline_table(results),
         "trade_off": tables.trade_off_table(results),
         "trade_off_axis": figures.trade_off_axis(results),
@@ -163,6 +165,17 @@ def _context(run: Path, results: Results) -> dict[str, Any]:
         "sources": [_source(run, relative) for relative in used if relative is not None],
         "figures": _markup(script_json(_figures(results, name, mask))),
     }
+
+
+def _warnings(results: Results) -> list[tuple[str, str]]:
+    """What methods warn of their own evidence (a surrogate no better than the number of tokens), each once."""
+    found = []
+    for name, facts in (results.model_extra or {}).get("facts", {}).items():
+        for one in facts if isinstance(facts, list) else [facts]:
+            said = one.get("warning") if isinstance(one, dict) else None
+            if isinstance(said, str):
+                found.append((str(name), said))
+    return list(dict.fromkeys(found))
 
 
 def _mask(run: Path, results: Results, name: str | None) -> tuple[MaskFile | None, str | None]:

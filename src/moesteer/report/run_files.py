@@ -45,6 +45,16 @@ class Difference(_Part):
     p: float | None = None
 
 
+class GateFacts(_Part):
+    """The gate of a method's mask: where it pools, its threshold, and how often it fired on select."""
+
+    pool: str
+    threshold: float
+    false_positive_rate: Interval
+    true_positive_rate: Interval
+    auroc: float
+
+
 class Method(_Part):
     """What one method gave on the test split."""
 
@@ -52,6 +62,7 @@ class Method(_Part):
     alpha: float | None = None
     experts: int | None = None
     feasible: bool | None = None
+    gate: GateFacts | None = None
     seconds: dict[str, float] = {}
     metrics: dict[str, Interval]
     vs_none: dict[str, Difference] = {}
@@ -140,6 +151,7 @@ class Results(_Part):
     methods: dict[str, Method]
     trade_off: list[Point] = []
     recommended: str | None = None
+    failed: dict[str, str] = {}
     checks: list[Check] = []
     seconds: dict[str, float] = {}
 

@@ -10,7 +10,7 @@ from moesteer.report.run_files import RESULTS, Difference, Interval, Method, Res
 LOWER_IS_BETTER = frozenset({"over_refusal_rate"})
 """Metrics where less is better; in all others more is better."""
 
-CONTROLS = frozenset({"none", "none-again", "random", "sign-flipped", "shuffled-layers"})
+CONTROLS = frozenset({"none", "none-again", "alpha-0", "random", "sign-flipped", "shuffled-layers"})
 """Methods that are there to compare with, never to recommend."""
 
 METRIC_NAMES = {
@@ -25,10 +25,15 @@ METHOD_NOTES = {
     "none-again": "unsteered once more: its distance to none is noise",
     "random": "control: same size, random experts",
     "risk-difference": "SteerMoE, arXiv 2509.09660",
-    "log-odds": "SteerMoE, arXiv 2509.09660, appendix",
+    "log-odds": "SteerMoE, arXiv 2509.09660: log odds ratio",
+    "paired-t": "SteerMoE, arXiv 2509.09660: paired t-test of router probabilities",
     "masc-published": "MASCing, arXiv 2604.27818, as published",
     "masc": "MASCing with matched labels",
     "direct": "strengths optimised through the model",
+    "attribution": "strengths by the gradient of the wanted response",
+    "causal": "experts silenced one at a time",
+    "residual-direction": "outside baseline: a direction in the residual stream, no mask",
+    "alpha-0": "control: the mask at strength 0",
     "sign-flipped": "control: the mask with its sign turned",
     "shuffled-layers": "control: the mask with its layers shuffled",
 }
