@@ -37,7 +37,7 @@ from moesteer.select import BASE, Candidate, Scored, accepted, applied, at_stren
 
 RESIDUAL = "residual-direction"
 """The outside baseline: a direction in the residual stream, which is no mask of the routing."""
-RESIDUAL_ALPHAS = (0.25, 0.4, 0.6)
+RESIDUAL_ALPHAS = (0.25, 0.4)
 DEFAULT_CONTROLS = ("random",)
 GATE = "+gate"
 

@@ -203,7 +203,7 @@ METHOD = Method(
     title="the gradient of the wanted response by every router logit, against the harm to protected text",
     detect=detect,
     through_model=True,
-    alphas=(0.25, 0.35, 0.5, 0.6, 0.75),
+    alphas=(0.25, 0.4, 0.55),
     gated=True,
-    gated_alphas=(0.5, 0.75, 1.0),
+    gated_alphas=(0.5, 0.75),
 )

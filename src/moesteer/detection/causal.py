@@ -230,5 +230,5 @@ METHOD = Method(
     detect=detect,
     through_model=True,
     variants=({"form": "additive", "keep_weight": 1.0}, {"off": 1}),
-    alphas=(0.25, 0.35, 0.5, 0.6, 0.75),
+    alphas=(0.25, 0.5),
 )

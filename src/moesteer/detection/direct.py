@@ -374,7 +374,7 @@ METHOD = Method(
     title="optimised through the model, with a term that keeps protected answers",
     detect=detect,
     through_model=True,
-    alphas=(0.2, 0.25, 0.3, 0.35, 0.4, 0.5),
+    alphas=(0.2, 0.25, 0.3, 0.35, 0.4),
     gated=True,
-    gated_alphas=(0.5, 0.75, 1.0),
+    gated_alphas=(0.5, 0.75),
 )

@@ -346,7 +346,7 @@ METHOD = Method(
     contrast="matched",
     grid=detect_grid,
     variants=({"l1": 1.0}, {"l1": 3.0}, {"l1": 6.0}),
-    alphas=(0.25, 0.5, 0.75, 1.0),
+    alphas=(0.25, 0.5, 1.0),
     gated=True,
-    gated_alphas=(0.75, 1.0, 1.5),
+    gated_alphas=(1.0, 1.5),
 )

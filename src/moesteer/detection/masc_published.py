@@ -114,5 +114,5 @@ METHOD = Method(
     detect=detect,
     contrast="published",
     variants=({"l1": 0.0}, {"l1": 1e-3}),
-    alphas=(0.25, 0.5, 1.0, 2.0),
+    alphas=(0.25, 0.5, 1.0),
 )

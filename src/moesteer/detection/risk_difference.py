@@ -253,8 +253,8 @@ def _method(score: str, title: str, forced: Sequence[tuple[int, int]]) -> Method
     """One of the paper's scores; forced: pairs (on, off) tried on select, after the numbers it publishes."""
     variants = [{"on": on, "off": off} for on, off in forced] + [{"form": "additive", "experts": 24}]
     return Method(
-        name=score, title=title, detect=detect, preset={"score": score}, variants=variants, alphas=(0.5, 1.0, 2.0),
-        gated=score == "risk-difference", gated_alphas=(1.0, 2.0, 4.0),
+        name=score, title=title, detect=detect, preset={"score": score}, variants=variants, alphas=(0.5, 1.0),
+        gated=score == "risk-difference", gated_alphas=(1.0, 2.0),
     )  # fmt: skip
 
 
