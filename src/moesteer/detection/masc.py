@@ -55,7 +55,7 @@ PER_STEP = 2
 """Surrogates that one step goes through, drawn from all: every one is heard, at the cost of two."""
 STARTS = ("zero", "random")
 BATCH_BYTES = 256 * 1024 * 1024
-"""Steered logits of one step, over all lambdas, stay below this: the batch shrinks where they would not."""
+"""Steered logits of one step, over all lambdas and surrogates, stay below this: else the batch shrinks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,7 +260,7 @@ def _optimise(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2.0 * (1.0 - step / steps)))
     penalty = torch.tensor(list(lambdas))[:, None, None] / (layers * experts)
     change, hold = torch.tensor(found.rows(UNWANTED)), torch.tensor(found.rows(WANTED, KEEP))
-    each = _fitting(batch, found, len(lambdas)) // 2
+    each = _fitting(batch, found, len(lambdas) * PER_STEP) // 2
     with Progress("masc: through the surrogate", total=steps, unit="steps") as progress:
         for _ in range(steps):
             picked = [part[torch.randperm(len(part), generator=generator)[:each]] for part in (change, hold)]
