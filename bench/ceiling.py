@@ -1,0 +1,138 @@
+"""How far a static expert bias can go at all: lab tiny's document-following, with nothing kept.
+
+    python bench/ceiling.py [--steps 120]
+
+For each choice of positions that are steered, a bias [L, E] is optimised through the model on the fit split's own
+documents towards the wanted answers, without any term that keeps other text and without a penalty: no mask of that
+form can be expected to do better. Beside it: how often the model follows the same kind of document when the wording
+asks for it, which is what its weights can do. Writes bench/results/ceiling.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from moesteer import files, runs
+from moesteer import scenario as scenarios
+from moesteer.backends.chat import Encoded
+from moesteer.backends.hf import Model, response_places
+from moesteer.backends.loading import load
+from moesteer.capturing import forward
+from moesteer.conversations import Message
+from moesteer.lab import dialogue, world
+from moesteer.models.routers import Router
+from moesteer.models.steering import BiasSteering
+
+RESULTS = Path(__file__).parent / "results" / "ceiling.json"
+RESPONSE_TOKENS = 12
+QUESTION_TOKENS = 8
+"""A plain question and the marks behind it: "what is the capital of X ?" and the reply's opening."""
+
+
+class AtPositions(BiasSteering):
+    """A bias that acts on some positions only."""
+
+    def __init__(self, bias_LE: Tensor, open_N: Tensor) -> None:
+        super().__init__(bias_LE)
+        self.open_N = open_N
+
+    def logits(self, router: Router, logits_NE: Tensor) -> Tensor:
+        """logits + bias of the router's layer where it may act."""
+        return logits_NE + self.bias_LE[router.index] * self.open_N[:, None]
+
+
+def spans(encoded: Encoded, width: int, where: str) -> Tensor:
+    """[width] 1 where the bias acts on one sequence."""
+    start = encoded.spans["response"][0]
+    low, high = {
+        "everywhere": (0, width),
+        "the reply": (start - 1, width),
+        "the prompt": (0, start - 1),
+        "the question and the reply": (start - 1 - QUESTION_TOKENS, width),
+    }[where]
+    found = torch.zeros(width)
+    found[low:high] = 1.0
+    return found
+
+
+def predicted(model: Model, items: Sequence[Encoded], bias_LE: Tensor, where: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(vocabulary logits, the tokens they should predict, number of the sequence) at the response's positions."""
+    ids, attention = model.pad([e.token_ids for e in items], left=False)
+    rows, columns = response_places(items, most=RESPONSE_TOKENS)
+    opened = torch.stack([spans(e, ids.shape[1], where) for e in items]).reshape(-1)
+    with model.tap.steer(AtPositions(bias_LE, opened)):
+        logits = model._logits_at(ids, attention, rows, columns)
+    return logits, ids[rows, [c + 1 for c in columns]], torch.tensor(rows)
+
+
+def followed(model: Model, items: Sequence[Encoded], bias_LE: Tensor, where: str) -> float:
+    """Share of the items whose every response token is the likeliest."""
+    with torch.no_grad():
+        logits, wanted, rows = predicted(model, items, bias_LE, where)
+    missed = rows[logits.argmax(-1) != wanted].unique()
+    return 1.0 - len(missed) / len(items)
+
+
+def capability(model: Model, wording: str, split: str) -> float:
+    """Share of documents followed when the question says `according to the document` (or says nothing)."""
+    rng = random.Random(0)
+    asked, wanted = [], []
+    for country in world._countries(split):
+        for relation in world.w.RELATIONS:
+            ask, stated, _ = dialogue.document(rng, country, relation, wording=wording)
+            asked.append([Message("user", ask)])
+            wanted.append(stated)
+    made = model.generate(asked, max_new_tokens=8)
+    return sum(one.text == text for one, text in zip(made, wanted, strict=True)) / len(wanted)
+
+
+def _line(shares: dict[str, float]) -> str:
+    return "  ".join(f"{split} {100 * share:5.1f} %" for split, share in shares.items())
+
+
+def main() -> None:
+    """Optimise, print one table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--steps", type=int, default=120)
+    given = parser.parse_args()
+    model = load("lab-tiny")
+    for parameter in model.hf.parameters():
+        parameter.requires_grad_(False)
+    data = scenarios.splits(scenarios.load("faithfulness"), seed=0)["documents"]
+    items = {split: [model.encode(c.messages, c.reference) for c in data[split]] for split in ("fit", "select")}
+    logits_NLE = forward(model, items["fit"], spans=("response",), logits=True)[0][0]
+    assert logits_NLE is not None
+    sigma_L = torch.from_numpy(logits_NLE.std(axis=(0, 2)))
+    asked = {w: {s: capability(model, w, s) for s in ("fit", "select")} for w in ("document", "plain")}
+    found = {}
+    for where in ("everywhere", "the reply", "the prompt", "the question and the reply"):
+        strength = torch.zeros((len(sigma_L), model.fingerprint.experts), requires_grad=True)
+        optimizer = torch.optim.Adam([strength], lr=0.1)
+        for _ in range(given.steps):
+            logits, wanted, _ = predicted(model, items["fit"], sigma_L[:, None] * strength, where)
+            loss = nn.functional.cross_entropy(logits, wanted)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        bias = (sigma_L[:, None] * strength).detach()
+        found[where] = {split: followed(model, items[split], bias, where) for split in items}
+        print(
+            f"bias on {where:<28} fit {100 * found[where]['fit']:5.1f} %  select {100 * found[where]['select']:5.1f} %"
+        )
+    for wording, shares in asked.items():
+        print(f"wording {wording:<28} fit {100 * shares['fit']:5.1f} %  select {100 * shares['select']:5.1f} %")
+    files.write_json(
+        RESULTS, {"steps": given.steps, "bias": found, "wording": asked, "versions": runs.versions(), "n": {
+            split: len(rows) for split, rows in items.items()}},
+    )  # fmt: skip
+    print(f"written to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
