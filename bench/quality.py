@@ -1,6 +1,6 @@
 """Every method and control on every scenario, several seeds, in one table: docs/results.json and docs/results.md.
 
-    python bench/quality.py [--seeds 0 1 2] [--jobs 2] [--only jailbreak-defense ...] [--no-ablations]
+    python bench/quality.py [--kinds quality reversed ablations] [--seeds 0 1 2] [--jobs 2] [--only SCENARIO ...]
 
 Each run is `moesteer steer` with everything switched on, in its own process and folder (runs/quality), so that a
 killed benchmark goes on where it was. Each process uses one thread: on a small model two runs side by side are faster
@@ -25,6 +25,7 @@ MODEL = "lab-tiny"
 SCENARIOS = ("jailbreak-defense", "restricted-content", "faithfulness")
 REVERSED = tuple(f"{name}-reversed" for name in SCENARIOS)
 ABLATED = "jailbreak-defense"
+KINDS = ("quality", "reversed", "ablations")
 START, END = "<!-- tables: written by bench/quality.py -->", "<!-- end of tables -->"
 
 
@@ -128,11 +129,13 @@ def pooled(root: Path, scenario: str, seeds: Sequence[int], kind: str) -> dict[s
 
 
 def write(tables: Mapping[str, Any], *, docs: Path) -> None:
-    """docs/results.json, and the part of docs/results.md between the two marks."""
+    """docs/results.json, and the part of docs/results.md between the two marks; other kinds stay as they are."""
     from moesteer import files
     from moesteer.evaluate.quality_table import markdown
 
-    files.write_json(docs / "results.json", dict(tables))
+    kept = files.read_json(docs / "results.json") if (docs / "results.json").exists() else {}
+    tables = {kind: {**kept, **tables}[kind] for kind in KINDS if kind in {**kept, **tables}}
+    files.write_json(docs / "results.json", tables)
     page = docs / "results.md"
     text = page.read_text(encoding="utf-8")
     before, after = text.split(START)[0], text.split(END)[1]
@@ -150,9 +153,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--only", nargs="+", default=[*SCENARIOS, *REVERSED])
+    parser.add_argument("--only", nargs="+", help="scenarios (default: all of each kind)")
     parser.add_argument("--root", type=Path, default=ROOT / "runs" / "quality")
-    parser.add_argument("--no-ablations", action="store_true")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--limit", type=int, help="conversations per suite and split: a look, whose numbers say little")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where results.json and results.md are")
     parser.add_argument("--run", nargs=3, metavar=("KIND", "SCENARIO", "SEED"), help=argparse.SUPPRESS)
@@ -161,18 +164,22 @@ def main() -> None:
         kind, scenario, seed = given.run
         run_one(scenario, int(seed), kind=kind, folder=place(given.root, scenario, int(seed), kind), limit=given.limit)
         return
-    plan = [(name, seed, "reversed" if name in REVERSED else "quality") for seed in given.seeds for name in given.only]
-    if not given.no_ablations and ABLATED in given.only:
-        plan += [(ABLATED, seed, "ablations") for seed in given.seeds]
+    scenarios = {"quality": SCENARIOS, "reversed": REVERSED, "ablations": (ABLATED,)}
+    plan = [
+        (name, seed, kind)
+        for kind in given.kinds for seed in given.seeds for name in scenarios[kind]
+        if not given.only or name in given.only
+    ]  # fmt: skip
     run_all(plan, root=given.root, jobs=given.jobs, limit=given.limit)
     from moesteer.evaluate.quality_table import quality_table
 
     tables = {}
-    for kind in ("quality", "reversed", "ablations"):
+    for kind in given.kinds:
         names = list(dict.fromkeys(name for name, _, mine in plan if mine == kind))
         if names:
             found = [pooled(given.root, name, given.seeds, kind) for name in names]
-            tables[kind] = quality_table(found, command="python bench/quality.py")
+            command = f"python bench/quality.py --kinds {kind} --seeds {' '.join(map(str, given.seeds))}"
+            tables[kind] = quality_table(found, command=command)
     write(tables, docs=given.docs)
     print(f"written to {given.docs / 'results.json'} and {given.docs / 'results.md'}")
 

@@ -309,3 +309,19 @@ def test_leans_are_what_the_traces_hold(trace):
         means = torch.cat([found.data.logits_NTLE[i, : found.data.lengths_N[i]] for i in found.rows(label)]).mean(0)
         for place, lean in LEANS[name].items():
             assert float(means[place]) == pytest.approx(lean, abs=0.2)
+
+
+def test_moved_counts_what_is_put_into_the_wanted_class_and_no_other() -> None:
+    class Stub:
+        """Three unwanted sequences, two surrogates: wanted, keep, unwanted; and wanted, wanted, keep."""
+
+        def __call__(self, logits, lengths):  # type: ignore[no-untyped-def]
+            return torch.zeros(2, len(lengths), 3)
+
+        def classes(self, verdicts):  # type: ignore[no-untyped-def]
+            return torch.tensor([[masc.WANTED, masc.KEEP, masc.UNWANTED], [masc.WANTED, masc.WANTED, masc.KEEP]])
+
+    labels = [masc.UNWANTED, masc.KEEP, masc.UNWANTED, masc.WANTED, masc.UNWANTED]
+    data = surrogate.Sequences.of([np.zeros((2, 1, 4), dtype=np.float32)] * 5, labels)
+    found = masc.Labelled(data, ["g"] * 5, [np.zeros(2, dtype=np.int32)] * 5)
+    assert masc._moved(Stub(), found, torch.ones(1), torch.zeros(1, 4)) == pytest.approx(3 / 6)  # type: ignore[arg-type]
