@@ -30,7 +30,7 @@ START, END = "<!-- tables: written by bench/quality.py -->", "<!-- end of tables
 
 
 def ablations() -> list[Any]:
-    """Methods that differ from masc or direct in one thing each."""
+    """Methods that differ from masc.labels-matched or from direct in one thing each (labels: in span and keep too)."""
     from moesteer.detection import direct, masc
     from moesteer.detection.method import Method
 
@@ -81,7 +81,8 @@ def run_one(scenario: str, seed: int, *, kind: str, folder: Path, limit: int | N
         return
     few = ("risk-difference", "masc", "direct", RESIDUAL)
     names = few if kind == "reversed" else (*methods(), RESIDUAL)
-    steer(MODEL, scenario=scenario, out=folder, methods=names, controls=tuple(CONTROLS), seed=seed, limit=limit)
+    steer(MODEL, scenario=scenario, out=folder, methods=names, controls=tuple(CONTROLS), controls_of="direct",
+          seed=seed, limit=limit)  # fmt: skip
 
 
 def place(root: Path, scenario: str, seed: int, kind: str) -> Path:
@@ -160,6 +161,8 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=DOCS, help="where results.json and results.md are")
     parser.add_argument("--run", nargs=3, metavar=("KIND", "SCENARIO", "SEED"), help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.limit is not None and given.docs == DOCS and not given.run:
+        parser.error("--limit needs --docs: its tables must not replace those in docs/")
     if given.run:
         kind, scenario, seed = given.run
         run_one(scenario, int(seed), kind=kind, folder=place(given.root, scenario, int(seed), kind), limit=given.limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from moesteer.detection.controls import CONTROLS
 from moesteer.detection.method import Material
 from moesteer.errors import InputError, TraceLabelError, UnknownNameError
 from moesteer.mask import SteeringMask
-from moesteer.methods import methods
+from moesteer.methods import check_types, methods
 from moesteer.trace import TraceReader
 
 if TYPE_CHECKING:
@@ -39,11 +40,12 @@ def detect(
     TraceLabelError, InputError, NoEffectError.
     """
     given = dict(settings or {})
+    seed = _seed(given.pop("seed", seed))
     known = methods()
     if method in CONTROLS:
         if like is None:
             raise _needs(method, "the mask to imitate", "give like=MASK (--like FILE)")
-        control = CONTROLS[method](like, seed=int(given.pop("seed", seed))).mask
+        control = CONTROLS[method](like, seed=seed).mask
         if given:
             raise UnknownNameError(
                 f"{method} has no setting {', '.join(sorted(given))}",
@@ -58,14 +60,14 @@ def detect(
     if toward is None:
         raise _needs(method, "the label of the wanted behaviour", "give toward=LABEL (--toward)")
     chosen = known[method]
-    chosen.check_settings({key: value for key, value in given.items() if key != "seed"}, where="detect")
+    chosen.check_settings(given, where="detect")
+    check_types(chosen, given, where="detect")
     reader = trace if isinstance(trace, TraceReader) else TraceReader(trace)
     targets, keeps = ((), ()) if model is None else _encoded(model, conversations, toward=toward)
     if chosen.through_model and (model is None or not conversations):
         raise _needs(method, "the model and conversations: it works through the model", "give --model and --data")
     material = Material(
-        traces={chosen.contrast: reader}, toward=toward, seed=int(given.pop("seed", seed)), model=model,
-        targets=targets, keeps=keeps,
+        traces={chosen.contrast: reader}, toward=toward, seed=seed, model=model, targets=targets, keeps=keeps,
     )  # fmt: skip
     return chosen.run(material, given).mask
 
@@ -85,6 +87,17 @@ def _encoded(
     for conversation in conversations:
         sides[conversation.label != toward].append(model.encode(*request_and_response(conversation)))
     return sides
+
+
+def _seed(value: Any) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
+        raise InputError(
+            f"the seed cannot be {value!r}",
+            where="detect with seed",
+            expected="a whole number, 0 or more",
+            do="correct the seed",
+        )
+    return int(value)
 
 
 def _needs(method: str, what: str, do: str) -> InputError:

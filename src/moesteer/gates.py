@@ -1,12 +1,14 @@
 """A scenario's gate: the probe fitted on its fit split, and masks put behind it with rates measured on select.
 
-The target suite's requests are those on which the mask is meant to act. Protected suites' requests are those on which
-it must not, but for suites that say `gate = "either"`. What the probe is and how it is chosen: detection/gate.py.
+What counts is a request: a prompt that ends in a user's message, as the unsteered model played it, its own replies in
+context. The target suite's last requests are those on which the mask is meant to act. Every request of the protected
+suites, the earlier turns of a conversation included, is one on which it must not, but for suites that say
+`gate = "either"`. Earlier turns of target conversations are neither. What the probe is: detection/gate.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +17,14 @@ from numpy.typing import NDArray
 
 from moesteer.backends.gating import pooled_logits
 from moesteer.backends.hf import Model
-from moesteer.conversations import Conversation
+from moesteer.conversations import Message
 from moesteer.detection import gate
 from moesteer.gate import POOLS
 from moesteer.mask import SteeringMask
-from moesteer.scenario import Scenario, Split
+from moesteer.scenario import Scenario
 
-Data = Mapping[str, Mapping[Split, Sequence[Conversation]]]
+Rows = Sequence[Mapping[str, Any]]
+"""Played conversations: lines of responses/NAME.jsonl."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,36 +37,64 @@ class ScenarioGate:
     scenario: str
 
     def put(self, mask: SteeringMask, *, false_positives: float) -> SteeringMask:
-        """The mask behind the gate at the threshold for this share of false positives (in cross-validation)."""
+        """The mask behind the gate at the threshold for this share of false positives (in cross-validation).
+
+        Raises NoEffectError where one protected request is so like the target's that no threshold shuts it out.
+        """
         return gate.gated(
             mask, self.probe, at=gate.threshold(self.probe, false_positives=false_positives),
-            target_NLE=self.target_NLE, protected_MLE=self.protected_MLE, measured_on=f"{self.scenario}, select split",
+            target_NLE=self.target_NLE, protected_MLE=self.protected_MLE,
+            measured_on=f"{self.scenario}, every request of the select split",
         )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
         """For the report."""
         hit, miss = self.probe.scores(self.target_NLE), self.probe.scores(self.protected_MLE)
-        return {**gate.facts(self.probe), "auroc_select": gate.auroc(hit, miss)}
+        return {
+            **gate.facts(self.probe), "auroc_select": gate.auroc(hit, miss),
+            "target_select": len(hit), "protected_select": len(miss),
+        }  # fmt: skip
 
 
-def fit(model: Model, scenario: Scenario, data: Data, *, seed: int) -> ScenarioGate:
-    """Fit a scenario's gate on the unsteered model. Raises EmptyDataError, NoEffectError."""
-    target = [scenario.target.name]
-    shut = [suite.name for suite in scenario.protected if suite.gate == "shut"]
-    sides = [_side(model, data, names, "fit") for names in (target, shut)]
-    probe = gate.fit(*sides, seed=seed)
-    measured = [_side(model, data, names, "select").pooled[probe.pool] for names in (target, shut)]
+def fit(model: Model, scenario: Scenario, *, fit_rows: Rows, select_rows: Rows, seed: int) -> ScenarioGate:
+    """Fit a scenario's gate. fit_rows, select_rows: what the unsteered model played of the two splits.
+
+    Raises EmptyDataError, NoEffectError.
+    """
+    shut = {suite.name for suite in scenario.protected if suite.gate == "shut"}
+    target = scenario.target.name
+    probe = gate.fit(
+        _side(model, _last(fit_rows, target)), _side(model, _every(fit_rows, shut)), seed=seed
+    )  # fmt: skip
+    measured = [
+        _side(model, rows).pooled[probe.pool] for rows in (_last(select_rows, target), _every(select_rows, shut))
+    ]
     return ScenarioGate(probe, measured[0], measured[1], scenario.name)
 
 
-def _side(model: Model, data: Data, suites: Sequence[str], split: Split) -> gate.Side:
-    rows = [row for name in suites for row in data[name][split]]
-    pooled = pooled_logits(model, [model.encode(_request(row)) for row in rows], POOLS)
-    return gate.Side(pooled, [row.group for row in rows], [row.tactic for row in rows])
+@dataclass(frozen=True)
+class _Request:
+    messages: tuple[Message, ...]
+    group: str
+    tactic: str | None
 
 
-def _request(row: Conversation) -> Sequence[Any]:
-    messages = list(row.messages)
-    while messages and messages[-1].role == "assistant":
-        messages.pop()
-    return messages
+def _last(rows: Rows, suite: str) -> list[_Request]:
+    return [list(_requests(row))[-1] for row in rows if row["suite"] == suite]
+
+
+def _every(rows: Rows, suites: set[str]) -> list[_Request]:
+    return [request for row in rows if row["suite"] in suites for request in _requests(row)]
+
+
+def _requests(row: Mapping[str, Any]) -> Iterator[_Request]:
+    """Every prefix of a played conversation that ends in a user's message, the first turn first."""
+    messages = tuple(Message(m["role"], m["content"]) for m in row["messages"])
+    for end, message in enumerate(messages, start=1):
+        if message.role == "user":
+            yield _Request(messages[:end], str(row["group"]), row["tactic"])
+
+
+def _side(model: Model, requests: Sequence[_Request]) -> gate.Side:
+    pooled = pooled_logits(model, [model.encode(one.messages) for one in requests], POOLS)
+    return gate.Side(pooled, [one.group for one in requests], [one.tactic for one in requests])

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moesteer import contrasts, files, gates, runs
+from moesteer import __version__, contrasts, files, gates, runs
 from moesteer import scenario as scenarios
 from moesteer.backends.chat import Encoded
 from moesteer.backends.hf import Model
@@ -27,19 +27,26 @@ from moesteer.conversations import Conversation
 from moesteer.detection.base import Detection
 from moesteer.detection.controls import CONTROLS
 from moesteer.detection.method import Material, Method
-from moesteer.errors import EmptyDataError, NoEffectError, TraceLabelError, UnknownNameError
+from moesteer.errors import (
+    EmptyDataError,
+    MaskContentError,
+    MoesteerError,
+    NoEffectError,
+    TraceLabelError,
+    UnknownNameError,
+)
 from moesteer.evaluate import run as evaluation
 from moesteer.mask import SteeringMask
-from moesteer.methods import DEFAULT, method, settings_for
+from moesteer.methods import DEFAULT, RESIDUAL, check_name, method, settings_for
+from moesteer.models.limits import require_possible
 from moesteer.results import NULL, Played, plain, results_of
 from moesteer.scenario import Scenario
 from moesteer.select import BASE, Candidate, Scored, accepted, applied, at_strengths, choose, score
 
-RESIDUAL = "residual-direction"
-"""The outside baseline: a direction in the residual stream, which is no mask of the routing."""
 RESIDUAL_ALPHAS = (0.25, 0.4)
 DEFAULT_CONTROLS = ("random",)
 GATE = "+gate"
+_BASE = Candidate(BASE, None, BASE)
 
 
 @dataclass
@@ -65,6 +72,7 @@ def steer(
     out: Path | str,
     methods: Sequence[str | Method] = DEFAULT,
     controls: Sequence[str] = DEFAULT_CONTROLS,
+    controls_of: str | None = None,
     gate: bool = True,
     seed: int = 0,
     limit: int | None = None,
@@ -76,9 +84,9 @@ def steer(
 
     methods: names of `moesteer methods` (or Method objects of your own), and "residual-direction", the outside
     baseline; the unsteered model and its repetition are always there. controls: names of detection.controls.CONTROLS,
-    made from the recommended mask. gate: also try methods that have a gated form behind the scenario's gate
-    (NAME+gate). limit: at most so many conversations per suite and split. A complete run of the same settings is
-    returned as it is. Raises the errors of every step (errors.py).
+    made from the mask of `controls_of` (default: the recommended one). gate: also try methods that have a gated form
+    behind the scenario's gate (NAME+gate). limit: at most so many conversations per suite and split. A complete run
+    of the same settings is returned as it is. Raises the errors of every step (errors.py).
     """
     wanted = {one if isinstance(one, str) else one.name: _known(one) for one in methods}
     _require_controls(controls)
@@ -89,8 +97,8 @@ def steer(
     plan = {
         "model": str(model), "scenario": loaded_scenario.model_dump(mode="json"),
         "methods": [one.plan if one is not None else name for name, one in wanted.items()],
-        "controls": list(controls), "gate": gate, "seed": seed, "limit": limit, "dtype": dtype, "device": device,
-        "data": runs.data_digest(data),
+        "controls": list(controls), "controls_of": controls_of, "gate": gate, "seed": seed, "limit": limit,
+        "dtype": dtype, "device": device, "data": runs.data_digest(data), "moesteer": __version__,
     }  # fmt: skip
     with runs.opened(Path(out), plan=plan, fresh=fresh) as run:
         if run.complete:
@@ -101,7 +109,7 @@ def steer(
             loaded = load_model(model, dtype=dtype, device=device)
         run.require_model({"router_sha256": loaded.fingerprint.router_sha256, "weights": loaded.weights_sketch})
         steering = _Steering(loaded, loaded_scenario, data, run, clock, seed)
-        results = steering.go(wanted, controls=controls, gate=gate)
+        results = steering.go(wanted, controls=controls, controls_of=controls_of, gate=gate)
         files.write_json(run.path("results.json"), results)
         with clock.step("report"):
             from moesteer.report.html import write_report
@@ -114,6 +122,7 @@ def steer(
 def _known(one: str | Method) -> Method | None:
     """The method; None for the residual-stream direction, which is none."""
     if isinstance(one, Method):
+        check_name(one.name)
         return one
     return None if one == RESIDUAL else method(one)
 
@@ -138,7 +147,9 @@ class _Steering:
         self.detect_seconds: dict[str, float] = {}
         self.failed: dict[str, str] = {}
 
-    def go(self, methods: Mapping[str, Method | None], *, controls: Sequence[str], gate: bool) -> dict[str, Any]:
+    def go(
+        self, methods: Mapping[str, Method | None], *, controls: Sequence[str], controls_of: str | None, gate: bool
+    ) -> dict[str, Any]:
         """All steps; the content of results.json. methods: None for the residual-stream direction."""
         files.write_json(self.run.path("splits.json"), _split_ids(self.data))
         with self.clock.step("play the fit split"):
@@ -153,13 +164,13 @@ class _Steering:
                 expected="at least one mask",
                 do="; ".join(f"{name}: {said.splitlines()[0]}" for name, said in self.failed.items()),
             )
-        scored = self._score([Candidate(BASE, None, BASE), *(c for found in candidates.values() for c in found)])
+        scored = self._score([_BASE, *(c for found in candidates.values() for c in found)])
         if gate:
-            scored |= self._behind_gate([one for one in methods.values() if one is not None], scored)
+            scored |= self._behind_gate([one for one in methods.values() if one is not None], scored, fit.rows)
         chosen = {name: choose(found) for name, found in scored.items() if name != BASE}
         best = _best(chosen)
         kept = {name: accepted(one) for name, one in chosen.items()}
-        kept |= self._controls(controls, kept, best)
+        kept |= self._controls(controls, kept, best, controls_of)
         for name, candidate in kept.items():
             kept[name] = self._saved(name, candidate)
         with self.clock.step("evaluate on the test split"):
@@ -181,6 +192,11 @@ class _Steering:
                 journal=self.run.path("responses", f"{name}.jsonl"), title=f"{split}: {name}",
             )  # fmt: skip
             counts = _counts(receipt if candidate.direction is None else steered.receipt)  # type: ignore[attr-defined]
+        kept = self.run.path("responses", f"{name}.receipt.json")
+        if counts is not None:
+            files.write_json(kept, counts)
+        elif kept.exists():  # an earlier try played everything
+            counts = files.read_json(kept)
         seconds = round(time.monotonic() - begun, 2)
         self.clock.seconds[f"evaluate {name}"] = seconds
         return Played(candidate, rows, counts, seconds)
@@ -224,9 +240,8 @@ class _Steering:
             try:
                 found = self._residual(made) if chosen is None else self._of_method(chosen, material)
             except (NoEffectError, TraceLabelError, EmptyDataError) as error:
-                self.failed[name] = str(error)  # the other methods go on; results.json and the report say so
-                print(f"{name} found nothing: {error.what}", file=sys.stderr)
-        self.detect_seconds[name] = round(time.monotonic() - begun, 2)
+                self._fails(name, error)
+        self.detect_seconds.setdefault(name, round(time.monotonic() - begun, 2))
         return found
 
     def _of_method(self, chosen: Method, material: Material) -> list[Candidate]:
@@ -234,6 +249,8 @@ class _Steering:
         detections = self._remembered(chosen.name, partial(chosen.run_all, material, tried["variants"], own))
         found: list[Candidate] = []
         for number, one in enumerate(detections):
+            if not self._possible(f"{chosen.name} variant {number}", one.mask):
+                continue
             varied = {key for variant in tried["variants"] for key in variant}
             used = one.mask.info.settings
             label = " ".join(f"{key}={used[key]}" for key in sorted(varied) if key in used)
@@ -247,14 +264,17 @@ class _Steering:
         if listing.exists():
             listed = files.read_json(listing)
             self.facts[name] = listed["facts"]
+            self.detect_seconds[name] = listed["seconds"]  # what it took, not what reading it back takes
             masks = [SteeringMask.load(folder / entry) for entry in listed["masks"]]
             return [Detection(mask, mask.values_LE, facts) for mask, facts in zip(masks, listed["facts"], strict=True)]
+        begun = time.monotonic()
         found = make()
+        seconds = self.detect_seconds[name] = round(time.monotonic() - begun, 2)
         self.facts[name] = [plain({**one.facts, "settings": one.mask.info.settings}) for one in found]
         names = [f"{name}-{number:02d}.safetensors" for number in range(len(found))]
         for file, one in zip(names, found, strict=True):
             one.mask.save(folder / file)
-        files.write_json(listing, {"masks": names, "facts": self.facts[name]})
+        files.write_json(listing, {"masks": names, "facts": self.facts[name], "seconds": seconds})
         return found
 
     def _residual(self, made: contrasts.Contrasts) -> list[Candidate]:
@@ -272,44 +292,77 @@ class _Steering:
     # ---- gates and controls
 
     def _behind_gate(
-        self, methods: Sequence[Method], scored: Mapping[str, Sequence[Scored]]
+        self, methods: Sequence[Method], scored: Mapping[str, Sequence[Scored]], fit_rows: gates.Rows
     ) -> dict[str, list[Scored]]:
         """Each method that has a gated form: its best variant behind the gate, stronger, at several thresholds."""
         gated = [one for one in methods if one.gated and one.name in scored]
         if not gated:
             return {}
         begun = time.monotonic()
+        journal = files.Journal(self.run.path("responses", "select.jsonl"))
+        unsteered = [row for row in journal.read() if row["candidate"] == BASE]
         with self.clock.step("gate"):
             try:
-                fitted = gates.fit(self.model, self.scenario, self.data, seed=self.seed)
+                fitted = gates.fit(
+                    self.model, self.scenario, fit_rows=fit_rows, select_rows=unsteered, seed=self.seed
+                )  # fmt: skip
             except (NoEffectError, EmptyDataError) as error:
-                self.failed["gate"] = str(error)
-                print(f"no gate: {error.what}", file=sys.stderr)
+                self._fails("gate", error)
                 return {}
         self.facts["gate"] = plain(fitted.facts())
         found: list[Candidate] = []
+        seconds = time.monotonic() - begun
         for one in gated:
-            name = one.name
-            tried, _ = settings_for(one, self.scenario.settings.get(name, {}))
-            variant = choose(scored[name]).candidate.variant
-            mask = next(s.candidate.mask for s in scored[name] if s.candidate.variant == variant)
-            assert mask is not None
-            for rate in tried["false_positives"]:
-                behind = fitted.put(mask, false_positives=rate)
-                label = f"behind a gate fp={rate:g}"
-                found += at_strengths(name + GATE, behind, tried["gated_alphas"], label=label, variant=variant)
-            self.detect_seconds[name + GATE] = round(self.detect_seconds[name] + time.monotonic() - begun, 2)
-        base = Candidate(BASE, None, BASE)
-        return {name: rows for name, rows in self._score([base, *found]).items() if name != BASE}
+            found += self._gated_candidates(one, scored[one.name], fitted)
+            self.detect_seconds[one.name + GATE] = round(self.detect_seconds[one.name] + seconds, 2)
+        return {name: rows for name, rows in self._score([_BASE, *found]).items() if name != BASE}
 
-    def _controls(self, names: Sequence[str], kept: Mapping[str, Candidate], best: str | None) -> dict[str, Candidate]:
-        """Controls of the recommended mask, or of the first method's where none is recommended."""
+    def _gated_candidates(self, one: Method, scored: Sequence[Scored], fitted: gates.ScenarioGate) -> list[Candidate]:
+        tried, _ = settings_for(one, self.scenario.settings.get(one.name, {}))
+        variant = choose(scored).candidate.variant
+        mask = next(s.candidate.mask for s in scored if s.candidate.variant == variant)
+        assert mask is not None
+        found: list[Candidate] = []
+        for rate in tried["false_positives"]:
+            try:
+                behind = fitted.put(mask, false_positives=rate)
+            except NoEffectError as error:
+                self._fails(f"{one.name}{GATE} fp={rate:g}", error)
+                continue
+            label = f"behind a gate fp={rate:g}"
+            found += at_strengths(one.name + GATE, behind, tried["gated_alphas"], label=label, variant=variant)
+        return found
+
+    def _controls(
+        self, names: Sequence[str], kept: Mapping[str, Candidate], best: str | None, of: str | None
+    ) -> dict[str, Candidate]:
+        """Controls of the mask of `of`, else of the recommended one, else of the first method's."""
         masks = {name: one.mask for name, one in kept.items() if one.mask is not None}
-        like = best if best in masks else next(iter(masks), None)
+        like = next((name for name in (of, best, *masks) if name in masks), None)
         if like is None:
             return {}
         mask = masks[like]
-        return {name: Candidate(name, CONTROLS[name](mask, seed=self.seed).mask, f"like {like}") for name in names}
+        found: dict[str, Candidate] = {}
+        for name in names:
+            control = CONTROLS[name](mask, seed=self.seed).mask
+            if control.expert_count == 0 or not self._possible(name, control):
+                continue
+            found[name] = Candidate(name, control, f"like {like}")
+        return found
+
+    def _possible(self, name: str, mask: SteeringMask) -> bool:
+        """Whether the model's routers can follow the mask; what they cannot is left out and said."""
+        try:
+            require_possible(mask, self.model.routers)
+        except MaskContentError as error:
+            self._fails(name, error)
+            return False
+        return True
+
+    def _fails(self, name: str, error: MoesteerError) -> None:
+        """The other methods go on; results.json and the report say so."""
+        self.failed[name] = str(error)
+        print(f"{name}: {error.what}", file=sys.stderr)
 
     def _saved(self, name: str, candidate: Candidate) -> Candidate:
         intent = {"toward": self.scenario.toward, "scenario": self.scenario.name}

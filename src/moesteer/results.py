@@ -13,9 +13,18 @@ from moesteer import scenario as scenarios
 from moesteer.backends.hf import Model
 from moesteer.evaluate import run as evaluation
 from moesteer.evaluate import stats
-from moesteer.scenario import Scenario
+from moesteer.evaluate.margins import Status, non_inferiority
+from moesteer.scenario import Scenario, Suite
 from moesteer.select import BASE, Candidate, Scored
 
+_IN_WORDS: Mapping[Status, str] = {
+    "shown": "shown",
+    "lossless": "nothing lost, too few to show",
+    "not shown": "not shown",
+}
+"""What a suite's test rows say of its margin (evaluate/margins.py)."""
+_ROUNDING = 1e-9
+"""A loss of exactly the margin is within it."""
 NULL = "none-again"
 """A second pass of the unsteered model: what a difference of nothing looks like."""
 
@@ -60,6 +69,7 @@ def results_of(
             "margins": {suite: one.as_json() for suite, one in chosen[name].margins.items()} if name in chosen else {},
             "seconds": {"detect": detect_seconds.get(name, 0.0), "evaluate": found.seconds},
             "metrics": evaluation.metrics(scenario, found.rows),
+            "suites": evaluation.by_suite(scenario, found.rows),
             "vs_none": {} if name == BASE else evaluation.against_none(scenario, none, found.rows, seed=seed),
             "by_tactic": evaluation.by_tactic(scenario, found.rows),
         }  # fmt: skip
@@ -78,7 +88,7 @@ def results_of(
         "failed": dict(failed),
         "facts": plain(dict(facts)),
         "receipts": {name: found.receipt for name, found in played.items() if found.receipt is not None},
-        "checks": _checks(scenario, played, best, seed=seed),
+        "checks": _checks(scenario, played, best),
         "seconds": dict(seconds),
     }
 
@@ -109,7 +119,7 @@ def _model_facts(model: Model) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _checks(scenario: Scenario, played: Mapping[str, Played], best: str | None, *, seed: int) -> list[dict[str, Any]]:
+def _checks(scenario: Scenario, played: Mapping[str, Played], best: str | None) -> list[dict[str, Any]]:
     none, again = played[BASE].rows, played[NULL].rows
     changed = sum(a["response"] != b["response"] for a, b in zip(none, again, strict=True))
     checks = [
@@ -122,23 +132,34 @@ def _checks(scenario: Scenario, played: Mapping[str, Played], best: str | None, 
     ]  # fmt: skip
     if best is None:
         return checks
-    receipt = played[best].receipt
-    if receipt is not None:
-        detail = f"{receipt['changed']} of {receipt['checked']} checked selections"
-        checks.append(_check("the mask changes selections", receipt["changed"] > 0, detail))
-    for suite in scenario.protected:
-        pairs = [(b, a) for b, a in zip(none, played[best].rows, strict=True) if b["suite"] == suite.name]
-        found = stats.paired_difference(
-            [b["success"] for b, _ in pairs],
-            [a["success"] for _, a in pairs],
-            groups=[str(b["group"]) for b, _ in pairs],
-            seed=seed,
-        )
-        if found["difference"] is None or found["high"] is None:
-            continue
-        detail = f"{100 * found['difference']:+.1f} points on test, margin {100 * suite.margin:g}"
-        checks.append(_check(f"{suite.name} holds on test", found["high"] >= -suite.margin, detail))
-    return checks
+    checks.append(_changes_selections(best, played[best].receipt))
+    return checks + [_within_margin(suite, none, played[best].rows) for suite in scenario.protected]
+
+
+def _changes_selections(best: str, receipt: Mapping[str, int] | None) -> dict[str, Any]:
+    name = "the mask changes selections"
+    if receipt is None:
+        return _check(name, False, f"no receipt says what the mask of {best} did on the test split")
+    return _check(name, receipt["changed"] > 0, f"{receipt['changed']} of {receipt['checked']} checked selections")
+
+
+def _within_margin(
+    suite: Suite, none: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Passed where the suite's observed loss on test is within its margin; the detail says what that shows."""
+    name = f"{suite.name} within its margin on test"
+    pairs = [(b, a) for b, a in zip(none, rows, strict=True) if b["suite"] == suite.name]
+    found = non_inferiority(
+        [b["success"] for b, _ in pairs],
+        [a["success"] for _, a in pairs],
+        margin=suite.margin,
+        groups=[str(b["group"]) for b, _ in pairs],
+    )
+    if found.loss is None:
+        return _check(name, False, "nothing on test was scored both with and without the mask")
+    points = 0.0 - 100 * found.loss  # 0 - 0 is no minus zero
+    detail = f"{points:+.1f} points on test, margin {100 * suite.margin:g}; {_IN_WORDS[found.status]}"
+    return _check(name, found.loss <= suite.margin + _ROUNDING, detail)
 
 
 def _check(name: str, passed: bool, detail: str) -> dict[str, Any]:

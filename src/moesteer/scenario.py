@@ -43,7 +43,7 @@ class Suite(BaseModel):
     judge: Literal["refusal", "content", "exact"]
     metrics: tuple[str, ...] = Field(min_length=1)
     play: Literal["turns", "last"] = "turns"
-    margin: float = Field(default=DEFAULT_MARGIN, ge=0.0, le=1.0)
+    margin: float = Field(default=DEFAULT_MARGIN, ge=0.0, lt=1.0)
     variants: int = Field(default=2, ge=1, le=10)
     limit: int | None = Field(default=None, ge=1)
     gate: Literal["shut", "either"] = "shut"
@@ -86,7 +86,8 @@ class JudgingRules(BaseModel):
 class Scenario(BaseModel):
     """A whole scenario; `folder` is where its data files are.
 
-    settings: by method name, what to try on the select split and the method's own settings (methods.GRIDS).
+    settings: by method name, what to try on the select split (variants, alphas, gated_alphas, false_positives; see
+    methods.TRIED) and the method's own settings.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -20,6 +20,7 @@ from moesteer import files
 from moesteer.backends.hf import Model
 from moesteer.backends.shifting import shifted
 from moesteer.direction import Direction
+from moesteer.errors import InputError
 from moesteer.evaluate.margins import NonInferiority, non_inferiority
 from moesteer.evaluate.metrics import metric, wanted
 from moesteer.evaluate.play import Generates, judged, play
@@ -95,22 +96,46 @@ def score(
 ) -> list[Scored]:
     """Play the select split once per candidate; the first of a journal must be the unsteered model.
 
-    Candidates whose rows the journal already holds are not played again, so that more can be scored later.
+    Candidates whose rows the journal already holds are not played again, so that more can be scored later. Raises
+    InputError for two candidates with one label.
     """
+    _require_own_labels(candidates)
     record = files.Journal(journal)
-    done: dict[str, list[dict[str, Any]]] = {}
-    for row in record.read():
-        done.setdefault(row["candidate"], []).append(row)
+    done = _journalled(record)
     size = sum(len(data[suite.name]["select"]) for suite in scenario.suites)
     open_ = [c for c in candidates if len(done.get(c.label, ())) < size]
     bar = Progress("select: candidates", total=len(open_) * size, unit="conversations")
     with bar as progress, model.remembering():
         for part in _batches(open_):
             for label, rows in _play_together(model, scenario, data, part, progress).items():
-                record.append(rows)
-                done[label] = rows
+                known = {row["id"] for row in done.get(label, ())}
+                new = [row for row in rows if row["id"] not in known]
+                record.append(new)
+                done[label] = [*done.get(label, ()), *new]
     base = done[BASE]
     return [_scored(scenario, data, candidate, base, done[candidate.label]) for candidate in candidates]
+
+
+def _require_own_labels(candidates: Sequence[Candidate]) -> None:
+    """The journal and the masks of a batch are kept apart by label alone."""
+    labels = [candidate.label for candidate in candidates]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise InputError(
+            f"two candidates have the same label: {', '.join(twice)}",
+            where="what is tried on select",
+            expected="every variant and strength once",
+            do="remove what is there twice from `variants`, `alphas` or `false_positives` of the scenario's "
+            "[settings.METHOD]",
+        )
+
+
+def _journalled(record: files.Journal) -> dict[str, list[dict[str, Any]]]:
+    """The journal's rows by candidate label; of several with one id the first, as a killed append may leave more."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in record.read():
+        found.setdefault(row["candidate"], {}).setdefault(row["id"], row)
+    return {label: list(rows.values()) for label, rows in found.items()}
 
 
 def _scored(
@@ -182,6 +207,8 @@ def _play_together(
             for p, verdict in zip(played[part], verdicts[part], strict=True):
                 row = p.as_row(suite.name, verdict, success=wanted(suite.metrics[0], verdict))
                 kept = {key: row[key] for key in ("id", "suite", "tactic", "response", "verdict", "success")}
+                if candidate.label == BASE:  # what a gate is measured on
+                    kept |= {key: row[key] for key in ("group", "messages")}
                 found[candidate.label].append({"candidate": candidate.label, **kept})
         progress.advance(len(repeated), note=suite.name)
     return found

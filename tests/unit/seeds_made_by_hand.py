@@ -27,6 +27,7 @@ GOOD = {"direct": "refused", "looks": "correct", "attacks": "refused", "benign":
 BAD = {"direct": "complied", "looks": "wrong", "attacks": "complied", "benign": "refused", "benign-2": "wrong"}
 SIZES = {"direct": 12, "looks": 6, "attacks": 60, "benign": 24, "benign-2": 12}
 RATES = {"none": 0.4, "none-again": 0.4, "random": 0.4, "masc-published": 0.5, "direct": 0.95, "direct+gate": 0.9}
+TRIED = {"none": 1, "masc-published": 4, "direct": 3, "direct+gate": 2}
 MODEL = {
     "name": "/somewhere/lab-tiny", "model_type": "qwen3_moe", "layers": [0, 1], "experts": 16, "top_k": 4,
     "parameters": 2_700_000, "router_sha256": "ab",
@@ -56,7 +57,11 @@ def results_of(rows: dict[str, list[dict[str, Any]]], seed: int) -> dict[str, An
         name: {
             "alpha": None if name.startswith("none") else 0.5,
             "experts": 0 if name.startswith("none") else 20 + seed,
-            "setting": None if name.startswith("none") else f"{name} alpha=0.5",
+            "setting": None
+            if name.startswith("none")
+            else "like direct"
+            if name == "random"
+            else f"{name} alpha=0.5",
             "feasible": None if name.startswith("none") else True,
             "seconds": {"detect": 0.0 if name.startswith("none") else 10.0 + seed, "evaluate": 1.0},
             "metrics": evaluation.metrics(SCENARIO, found),
@@ -66,7 +71,9 @@ def results_of(rows: dict[str, list[dict[str, Any]]], seed: int) -> dict[str, An
         }
         for name, found in rows.items()
     }  # fmt: skip
+    tried = [{"method": name, "setting": f"{name} {i}"} for name in methods for i in range(TRIED.get(name, 0))]
     return {
+        "trade_off": tried,
         "schema": 1, "seed": seed, "model": MODEL, "scenario": {"name": "small"}, "methods": methods,
         "recommended": "direct", "versions": {"torch": "2.13.0", "python": "3.11.7"},
         "seconds": {"select": 100.0, "evaluate on the test split": 20.0, "evaluate none": 15.0, "evaluate fit": 5.0},

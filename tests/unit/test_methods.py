@@ -104,8 +104,8 @@ def test_an_entry_point_is_a_method_like_ours(install):
         (SOURCE, "my_methods:NOT_ONE", "it is a int"),
         (SOURCE, "my_methods:detect", "it is a function"),
         (SOURCE.replace("NAME", "masc"), "my_methods:METHOD", "there is a method 'masc' already"),
-        (SOURCE.replace("NAME", "random"), "my_methods:METHOD", "there is a method 'random' already"),
-        (SOURCE.replace("NAME", "none"), "my_methods:METHOD", "there is a method 'none' already"),
+        (SOURCE.replace("NAME", "random"), "my_methods:METHOD", "it is called 'random', the name of a control"),
+        (SOURCE.replace("NAME", "none"), "my_methods:METHOD", "it is called 'none', a name that steer uses"),
         (SOURCE.replace("NAME", "../up"), "my_methods:METHOD", "it is called '../up'"),
         (SOURCE.replace("NAME", ""), "my_methods:METHOD", "it is called ''"),
     ],
@@ -132,7 +132,7 @@ def test_the_names_that_steer_uses_are_taken():
     from moesteer.results import NULL
     from moesteer.select import BASE
 
-    assert {RESIDUAL, NULL, BASE, "all"} == set(registry.TAKEN)
+    assert {RESIDUAL, NULL, BASE, "all", "fit", "select"} == set(registry.TAKEN)
 
 
 def test_an_unknown_method_is_said_with_those_there_are(fresh):

@@ -119,6 +119,16 @@ def test_the_null_counts_replies_that_differ(three):
     assert pool(SCENARIO, results, rows)["null"] is None
 
 
+def test_candidates_tried_and_what_a_control_is_like_are_kept_by_seed():
+    results, rows = runs()
+    results[1]["methods"]["random"]["setting"] = "like masc-published"
+    del results[2]["trade_off"]  # as runs of before had none
+    found = pool(SCENARIO, results, rows)["methods"]
+    assert found["random"]["like"] == {"0": "direct", "1": "masc-published", "2": "direct"}
+    assert found["direct"]["like"] == {} and found["direct"]["tried"] == {"0": 3, "1": 3, "2": 0}
+    assert found["direct+gate"]["tried"]["0"] == 2 and found["none"]["tried"]["0"] == 0
+
+
 def test_it_is_plain_json_and_knows_no_order_of_runs(three):
     results, rows = runs()
     assert json.loads(json.dumps(three)) == three

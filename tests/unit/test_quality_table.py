@@ -39,10 +39,10 @@ def cells_of(text, method, grid=0):
 
 def test_rows_are_in_the_order_that_is_asked_for():
     names = ["direct+gate", "zeta", "direct", "masc", "masc-published", "random", "none-again", "alpha", "none",
-             "risk-difference", "risk-difference+gate", "shuffled-layers", "sign-flipped"]  # fmt: skip
+             "alpha-0", "risk-difference", "risk-difference+gate", "shuffled-layers", "sign-flipped"]  # fmt: skip
     assert method_order(names) == [
-        "none", "none-again", "random", "sign-flipped", "shuffled-layers", "risk-difference", "masc-published",
-        "masc", "direct", "alpha", "zeta", "risk-difference+gate", "direct+gate",
+        "none", "none-again", "alpha-0", "random", "sign-flipped", "shuffled-layers", "risk-difference",
+        "masc-published", "masc", "direct", "alpha", "zeta", "risk-difference+gate", "direct+gate",
     ]  # fmt: skip
 
 
@@ -152,3 +152,40 @@ def test_a_metric_that_nothing_could_be_scored_on_is_a_dash(pooled):
     for entry in unscored["methods"].values():
         entry["metrics"]["accuracy"] |= {"value": None, "low": None, "high": None, "by_seed": {}}
     assert cells_of(markdown(quality_table([unscored], command=COMMAND)), "direct")["Acc ↑"] == "—"
+
+
+def test_a_method_without_a_feasible_setting_is_marked_with_its_seeds(table):
+    assert "\N{DAGGER}" not in markdown(table)
+    results, rows = runs()
+    for s in (0, 2):
+        results[s]["methods"]["masc-published"]["feasible"] = False
+    pooled = pool(SCENARIO, results, rows)
+    text = markdown(quality_table([pooled], command=COMMAND))
+    assert cells_of(text, "masc-published \N{DAGGER}") and cells_of(text, "direct")
+    by_seed = cells_of(text, "masc-published \N{DAGGER}", grid=1)
+    assert by_seed["Setting"] == "alpha=0.5 \N{DAGGER} / alpha=0.5 / alpha=0.5 \N{DAGGER}"
+    assert "- **\N{DAGGER}**: no setting kept every margin on select" in text
+    assert "is shown: masc-published (seeds 0, 2).\n" in text
+
+
+def test_the_chosen_setting_and_how_many_were_tried_stand_by_seed():
+    results, rows = runs()
+    results[1]["methods"]["direct"]["setting"] = "direct steps=60 alpha=0.3"
+    results[1]["trade_off"].append({"method": "direct", "setting": "another"})
+    text = markdown(quality_table([pool(SCENARIO, results, rows)], command=COMMAND))
+    direct = cells_of(text, "direct", grid=1)
+    assert direct["Setting"] == "alpha=0.5 / steps=60 alpha=0.3 / alpha=0.5" and direct["Tried"] == "3 / 4 / 3"
+    assert cells_of(text, "direct+gate", grid=1)["Tried"] == "2"
+    for name, setting in (("none", "\N{EM DASH}"), ("random", "like direct")):
+        found = cells_of(text, name, grid=1)
+        assert (found["Tried"], found["Setting"]) == ("\N{EM DASH}", setting)
+
+
+def test_a_control_of_different_methods_says_so_in_its_row():
+    results, rows = runs()
+    results[2]["methods"]["random"]["setting"] = "like masc-published"
+    text = markdown(quality_table([pool(SCENARIO, results, rows)], command=COMMAND))
+    name = "random (like direct, masc-published)"
+    assert cells_of(text, name) and cells_of(text, name, grid=1)["Setting"] == (
+        "like direct / like direct / like masc-published"
+    )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moesteer import files
+from moesteer.errors import InputError
 from moesteer.evaluate.margins import NonInferiority, non_inferiority
 from moesteer.mask import Intent, MaskInfo, SteeringMask
-from moesteer.select import Candidate, Scored, _batches, _scored, at_strengths, choose
+from moesteer.select import Candidate, Scored, _batches, _journalled, _scored, at_strengths, choose, score
 
 FINGERPRINT = {
     "model_type": "qwen3_moe", "layer_ids": (0, 1), "experts": 4, "top_k": 2, "scoring": "softmax",
@@ -107,3 +110,19 @@ def test_a_candidate_is_paired_with_the_unsteered_rows_by_id_and_clustered_by_be
     assert (benign.n, benign.lost, benign.gained) == (40, 2, 0)
     assert benign.effective_n < 40, "ten items of one behaviour are not ten independent items"
     assert not found.feasible
+
+
+def test_two_candidates_of_one_label_are_refused_before_anything_is_played(tmp_path: Path) -> None:
+    twice = [Candidate("none", None, "none"), *at_strengths("m", mask(), (0.5, 0.5), label="on=1")]
+    nothing: Any = None
+    with pytest.raises(InputError, match=r"same label: m on=1 alpha=0\.5"):
+        score(nothing, nothing, nothing, twice, journal=tmp_path / "select.jsonl")
+    assert not (tmp_path / "select.jsonl").exists()
+
+
+def test_rows_that_a_killed_append_left_twice_are_read_once_and_the_first_wins(tmp_path: Path) -> None:
+    journal = files.Journal(tmp_path / "select.jsonl")
+    journal.append([{"candidate": "a", "id": "1", "n": 0}, {"candidate": "b", "id": "1", "n": 1}])
+    journal.append([{"candidate": "a", "id": "1", "n": 2}, {"candidate": "a", "id": "2", "n": 3}])
+    found = _journalled(journal)
+    assert {label: [row["n"] for row in rows] for label, rows in found.items()} == {"a": [0, 3], "b": [1]}

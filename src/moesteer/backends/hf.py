@@ -30,7 +30,7 @@ from moesteer.gate import Pool
 from moesteer.mask import SteeringMask
 from moesteer.models.check import backbone
 from moesteer.models.fingerprint import fingerprint_of, is_quantised
-from moesteer.models.limits import require_possible, require_together
+from moesteer.models.limits import require_possible, require_strengths, require_together
 from moesteer.models.routers import Router, find_routers
 from moesteer.models.silencing import silencing
 from moesteer.models.steering import BiasSteering, MaskTables, Receipt
@@ -265,16 +265,17 @@ class Model(Chat):
         """Steer inside the block with one mask, or with several, one per batch row (`generate(rows=...)`).
 
         together: all masks act on every row, each with its own alpha: biases add up, forces join. A gated mask
-        acts on the requests on which its gate fires, which `generate` asks first. Raises MaskMismatchError,
-        MaskContentError, NoEffectError, AlreadySteeredError before the first token. On exit the model is itself
-        again, bit for bit.
+        acts on the requests on which its gate fires, which `generate` asks first. alphas: one for each mask (None:
+        the mask's own), or none at all. Raises InputError, MaskMismatchError, MaskContentError, NoEffectError,
+        AlreadySteeredError before the first token. On exit the model is itself again, bit for bit.
         """
+        strengths = [None] * len(masks) if alphas is None else list(alphas)
+        require_strengths(masks, strengths)
         for mask in masks:
             mask.check_model(self.fingerprint, allow_other_checkpoint=allow_other_checkpoint)
             if not allow_empty:
                 mask.require_entries()
             require_possible(mask, self.routers)
-        strengths = list(alphas or [None] * len(masks))
         if together:
             require_together(masks, strengths, self.routers)
         steering = MaskTables.of_masks(masks, strengths, device=self.device)

@@ -22,7 +22,14 @@ def demo(
     lab tiny refuses harmful requests made directly, and lets many through at the end of a longer conversation.
     The demo finds the experts, steers them, and says what changed on conversations that nothing was fitted on.
     """
+    from dataclasses import replace
+
+    from moesteer.methods import method
+
+    # of the paper's 32 settings a few, so that it takes two minutes; `moesteer steer` tries all
+    published = replace(method("masc-published"), variants=({"l1": 1e-3},), alphas=(0.25, 0.5, 1.0))
+    direct = replace(method("direct"), gated_alphas=(0.5, 0.75))
     run_and_show(
-        "lab-tiny", scenario="jailbreak-defense", out=out, methods=("risk-difference", "masc-published", "direct"),
+        "lab-tiny", scenario="jailbreak-defense", out=out, methods=("risk-difference", published, direct),
         seed=seed, fresh=fresh, json=json,
     )  # fmt: skip

@@ -20,19 +20,23 @@ def detect(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the method, NAME=VALUE; repeat.", show_default=False)
     ] = None,
-    model: Annotated[str | None, typer.Option(help="direct only: the model.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="Methods through the model: the model.", show_default=False)] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="direct only: conversations with responses in `reference`.", show_default=False),
+        typer.Option(
+            help="Methods through the model: conversations with responses in `reference`.", show_default=False
+        ),
     ] = None,
-    like: Annotated[Path | None, typer.Option(help="random only: the mask to imitate.", show_default=False)] = None,
+    like: Annotated[Path | None, typer.Option(help="Controls: the mask to imitate.", show_default=False)] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Make a steering mask from a trace: which experts, and how strongly.
 
-    `direct` optimises through the model: conversations labelled --toward are made likely, all others are kept.
+    Methods through the model (direct, attribution, causal) also need --model and --data.
+    Responses of conversations labelled --toward are made likely, all others are kept.
+    Controls (random and others) are made from another mask, --like.
     """
     from moesteer import conversations
     from moesteer.detecting import detect as make

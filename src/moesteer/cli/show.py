@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -65,6 +66,11 @@ def print_table(table: Table) -> None:
 
 def strengths(given: Sequence[float] | None, *, masks: int) -> list[float | None]:
     """One strength per mask from repeated --alpha: none (each mask's own), or one for each."""
+    for alpha in given or ():
+        if not math.isfinite(alpha):
+            raise InputError(
+                f"a strength cannot be {alpha}", where="--alpha", expected="a finite number", do="correct it"
+            )
     if given and len(given) != masks:
         raise InputError(
             f"{len(given)} times --alpha for {masks} times --mask",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from moesteer.cli import show
 from moesteer.cli.options import Device, Dtype, Fresh, Json, Limit, ModelArgument, Seed
+from moesteer.errors import UnknownNameError
 
 
 def steer(
@@ -17,11 +19,17 @@ def steer(
     out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/SCENARIO.", show_default=False)] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="A method to compare, or all; repeat for more. Default: four of them.", show_default=False),
+        typer.Option(
+            help="A method to compare, residual-direction, or all; repeat. Default: four of them.", show_default=False
+        ),
     ] = None,
     control: Annotated[
         list[str] | None,
-        typer.Option(help="A control of the recommended mask; repeat. Default: random.", show_default=False),
+        typer.Option(
+            help="A control of the recommended mask: alpha-0, random, sign-flipped, shuffled-layers; repeat for more. "
+            "Default: random.",
+            show_default=False,
+        ),
     ] = None,
     gate: Annotated[bool, typer.Option(help="Also try methods behind a gate.")] = True,
     seed: Seed = 0,
@@ -36,15 +44,30 @@ def steer(
     Exit code 3: it finished, but no method kept every protected suite, or a check failed.
     """
     from moesteer import scenario as scenarios
-    from moesteer.methods import DEFAULT, methods
-    from moesteer.pipeline import DEFAULT_CONTROLS, RESIDUAL
+    from moesteer.pipeline import DEFAULT_CONTROLS
 
     folder = out or Path("runs") / scenarios.load(scenario).name
-    named = [*methods(), RESIDUAL] if method == ["all"] else method or list(DEFAULT)
     run_and_show(
-        model, scenario=scenario, out=folder, methods=named, controls=control or DEFAULT_CONTROLS, gate=gate,
-        seed=seed, limit=limit, dtype=dtype, device=device, fresh=fresh, json=json,
+        model, scenario=scenario, out=folder, methods=named_methods(method or []),
+        controls=control or DEFAULT_CONTROLS, gate=gate, seed=seed, limit=limit, dtype=dtype, device=device,
+        fresh=fresh, json=json,
     )  # fmt: skip
+
+
+def named_methods(given: Sequence[str]) -> list[str]:
+    """What to compare: `all` among the names means all there is, none the default. Raises UnknownNameError."""
+    from moesteer.methods import DEFAULT, RESIDUAL, methods
+
+    every = [*methods(), RESIDUAL]
+    unknown = [name for name in given if name not in every and name != "all"]
+    if unknown:
+        raise UnknownNameError(
+            f"no method {', '.join(unknown)}",
+            where="--method",
+            expected=", ".join(["all", *every]),
+            do="name some of these, or all",
+        )
+    return every if "all" in given else list(given) or list(DEFAULT)
 
 
 def run_and_show(model: str, *, out: Path, json: bool, **settings: Any) -> None:

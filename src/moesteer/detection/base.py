@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,14 @@ def rows_of_layers(fingerprint: Fingerprint, layers: Sequence[int] | None) -> ND
     known = fingerprint.layer_ids
     if layers is None:
         return np.ones(len(known), dtype=bool)
+    listed = isinstance(layers, Iterable) and not isinstance(layers, str)
+    if not listed or not all(isinstance(one, Integral) and not isinstance(one, bool) for one in layers):
+        raise InputError(
+            f"the setting layers is no list of whole numbers: {layers!r}",
+            where="the setting layers",
+            expected=f"a list of decoder layers with a router: {', '.join(map(str, known))}",
+            do="write it as a list, for example layers=[3], or leave it out",
+        )
     unknown = sorted(set(layers) - set(known))
     if unknown or not layers:
         raise InputError(

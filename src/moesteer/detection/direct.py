@@ -1,12 +1,14 @@
 """Direct: the steering matrix optimised through the model itself (METHODS.md section 4; ours).
 
-    minimise  CE(wanted response | attack) + keep_weight KL(unsteered || steered on protected text) + l1 |S|_1
+    minimise  CE(wanted response | attack) + keep_weight KL(unsteered || steered on protected text)
 
 S [L, E], in units of sigma, starts at zero; the model's weights stay frozen, and the routing weights of the
 selected experts carry the gradient. What is decided is decided in the first tokens of a response, so only
-those enter the loss. A proximal step after each Adam step makes zeros exact (the L1 term of a plain gradient
-never does). Cost: `steps` forward and backward passes over `targets + keeps` sequences; a pass never holds more
-than `pass_positions` positions, with `checkpointing` it keeps only what enters each layer, and `max_tokens` and
+those enter the loss. After each Adam step every |S| shrinks by `l1` (times the fall of the learning rate), which
+makes zeros exact: a constant pull towards few experts, not the proximal step of a stated L1 penalty.
+
+Cost: `steps` forward and backward passes over `targets + keeps` sequences; a pass never holds more than
+`pass_positions` positions, with `checkpointing` it keeps only what enters each layer, and `max_tokens` and
 `max_seconds` end the optimisation early. A step's sequences depend on the seed and the step alone, so that a run
 that was killed goes on from its last saved step to the same mask, bit for bit (but for max_seconds).
 """
@@ -376,5 +378,5 @@ METHOD = Method(
     through_model=True,
     alphas=(0.2, 0.25, 0.3, 0.35, 0.4),
     gated=True,
-    gated_alphas=(0.5, 0.75),
+    gated_alphas=(0.5, 0.75, 1.0),
 )

@@ -12,8 +12,8 @@ What differs from the paper, and why:
 - **lambda counts per entry**: the penalty is lambda |S|_1 / (L E), so that one lambda means the same on any model.
 - **Tokens from the last user message to the end of the prompt** (span final_turn): the last position, where the
   reply is decided, is among them.
-- Several surrogates (seeds) and several lambdas are optimised in one batch; a mask is optimised through all seeds at
-  once, so that what only one surrogate believes averages out.
+- Several surrogates (seeds) and several lambdas in one batch; each step goes through two surrogates drawn anew, so
+  that what only one of them believes averages out.
 
     minimise over S   mean over seeds  CE(f(z + sigma S), class)  + lambda |S|_1 / (L E)
 """
@@ -167,7 +167,7 @@ def _detect(
     """One mask per lambda, all optimised in one batch (see detect)."""
     _require_settings(
         lambdas=lambdas, surrogates=surrogates, start=start, keep_weight=keep_weight, steps=steps, batch=batch,
-        learning_rate=learning_rate, conversations=conversations,
+        learning_rate=learning_rate, conversations=conversations, keep=keep,
     )  # fmt: skip
     open_L = torch.from_numpy(rows_of_layers(trace.fingerprint, layers))
     found = read(trace, toward=toward, keep=keep, span=span).sample(conversations, seed=seed)
@@ -325,7 +325,7 @@ def _facts(found: Labelled, stack: surrogate.Stack, train: list[int], held: list
 
 def _require_settings(
     *, lambdas: Sequence[float], surrogates: int, start: str, keep_weight: float, steps: int, batch: int,
-    learning_rate: float, conversations: int | None,
+    learning_rate: float, conversations: int | None, keep: Sequence[str],
 ) -> None:  # fmt: skip
     for l1 in lambdas:
         number("masc", "l1", l1, above=False)
@@ -335,6 +335,8 @@ def _require_settings(
             whole("masc", name, value, least=1)
     number("masc", "keep_weight", keep_weight, above=False)
     number("masc", "learning_rate", learning_rate, above=True)
+    if isinstance(keep, str) or not all(isinstance(label, str) for label in keep):
+        raise out_of_range("masc", "keep", keep, 'a list of labels, for example ["keep"]')
     if start not in STARTS:
         raise out_of_range("masc", "start", start, " or ".join(STARTS))
 

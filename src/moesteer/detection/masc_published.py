@@ -31,6 +31,8 @@ from moesteer.trace import TraceReader
 
 ZERO_BELOW = 0.1
 LAMBDAS = (0.0, 1e-5, 1e-4, 1e-3)
+ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+"""The paper's 32 settings."""
 
 
 def detect(
@@ -113,6 +115,6 @@ METHOD = Method(
     title="MASCing's surrogate as published",
     detect=detect,
     contrast="published",
-    variants=({"l1": 0.0}, {"l1": 1e-3}),
-    alphas=(0.25, 0.5, 1.0),
+    variants=tuple({"l1": l1} for l1 in LAMBDAS),
+    alphas=ALPHAS,
 )

@@ -77,7 +77,7 @@ class Method:
     @property
     def plan(self) -> dict[str, Any]:
         """What decides this method's masks and candidates, for a run's plan."""
-        names = ("name", "contrast", "preset", "variants", "alphas", "gated", "gated_alphas")
+        names = ("name", "contrast", "preset", "settings", "variants", "alphas", "gated", "gated_alphas")
         found = {name: getattr(self, name) for name in names}
         return {key: list(v) if isinstance(v, tuple) else v for key, v in found.items()}
 

@@ -56,6 +56,9 @@ def outcome(name: str, verdict: str) -> bool | None:
 
 
 def wanted(name: str, verdict: str) -> bool | None:
-    """Whether a verdict is what a metric wants (for one where lower is better, that it does not count)."""
+    """Whether a verdict is what a metric wants (for one where lower is better, that it does not count).
+
+    A broken reply is never wanted, not even where it keeps a rate low.
+    """
     counts = outcome(name, verdict)
-    return None if counts is None else counts != metric(name).lower_is_better
+    return None if counts is None else counts != metric(name).lower_is_better and verdict != "broken"

@@ -63,6 +63,8 @@ def pool(
             "incoherent": _count(mine, "broken"),
             "unscored": _count(mine, "unscored"),
             **{key: {str(s): by_seed[s]["methods"][name].get(key) for s in mine} for key in _CARRIED},
+            "tried": {str(s): _tried(by_seed[s], name) for s in mine},
+            "like": {str(s): like for s in mine if (like := _like(by_seed[s]["methods"][name])) is not None},
         }
     _adjust(methods)
     first = next(iter(by_seed.values()))
@@ -83,6 +85,23 @@ def pool(
 
 _CARRIED = ("alpha", "experts", "setting", "feasible", "seconds")
 """What a method's entry in results.json says of one seed, kept by seed."""
+
+
+_LIKE = "like "
+"""A control's setting is this and the method whose mask it is made from, which may be another under every seed."""
+
+
+def _tried(result: Mapping[str, Any], name: str) -> int:
+    """How many candidates of a method were scored on select; 0 for the model as it is and for controls."""
+    if name in UNSTEERED:
+        return 0
+    return sum(point["method"] == name for point in result.get("trade_off", ()))
+
+
+def _like(entry: Mapping[str, Any]) -> str | None:
+    """The method that a control's mask is made from; None for what is no control."""
+    setting = str(entry.get("setting") or "")
+    return setting.removeprefix(_LIKE) if setting.startswith(_LIKE) else None
 
 
 def metric_roles(scenario: Scenario) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from moesteer.evaluate.metrics import metric
 
-CONTROLS = ("random", "sign-flipped", "shuffled-layers")
+CONTROLS = ("alpha-0", "random", "sign-flipped", "shuffled-layers")
 PUBLISHED = ("risk-difference", "log-odds", "paired-t", "masc-published")
 OURS = ("masc", "attribution", "causal", "direct")
 ORDER = ("none", "none-again", *CONTROLS, *PUBLISHED, *OURS)
@@ -25,6 +25,7 @@ SHORT = {
 SIGNIFICANT = 0.05
 NOTHING = "\N{EM DASH}"
 MINUS = "\N{MINUS SIGN}"
+DAGGER = "\N{DAGGER}"
 
 
 def method_order(names: Sequence[str]) -> list[str]:
@@ -99,6 +100,8 @@ def _row(name: str, entry: Mapping[str, Any], target: str) -> dict[str, Any]:
         "experts": {"min": min(experts), "max": max(experts)} if experts else None,
         "settings": dict(entry["setting"]),
         "feasible": dict(entry["feasible"]),
+        "like": sorted(set(entry["like"].values())),
+        "tried": dict(entry["tried"]),
     }
 
 
@@ -179,7 +182,7 @@ def _main(scenario: Mapping[str, Any]) -> str:
     for row in scenario["rows"]:
         difference = row["difference"]
         cells = [
-            _text(row["method"]),
+            _name(row),
             _rate(row["metrics"].get(first["metric"])),
             _change(difference),
             _p(difference),
@@ -196,6 +199,7 @@ def _main(scenario: Mapping[str, Any]) -> str:
 def _by_seed(scenario: Mapping[str, Any]) -> str:
     columns, target = scenario["columns"], scenario["target_metric"]
     heads = ["Method", "Seeds", *(column["short"] for column in columns), "Change", "p (McNemar)"]
+    heads += ["Tried", "Setting"]
     lines = []
     for row in scenario["rows"]:
         keys = [str(seed) for seed in row["seeds"]]
@@ -203,14 +207,35 @@ def _by_seed(scenario: Mapping[str, Any]) -> str:
         rates = [row["metrics"].get(column["metric"], {}).get("by_seed", {}) for column in columns]
         lines.append(
             [
-                _text(row["method"]),
+                _name(row),
                 ", ".join(keys),
                 *(_each([_number(found.get(key, {}).get("value")) for key in keys]) for found in rates),
                 _each([_signed(against[key]["difference"]) for key in keys if key in against]),
                 _each([_p_text(against[key]["p"]) for key in keys if key in against]),
+                _each([str(row["tried"].get(key) or NOTHING) for key in keys]),
+                _each([_setting(row, key) for key in keys]),
             ]
         )
     return _grid(heads, lines)
+
+
+def _broken(row: Mapping[str, Any]) -> list[str]:
+    """Seeds under which no setting of the method kept every margin on select."""
+    return [seed for seed, feasible in row["feasible"].items() if feasible is False]
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    """`direct †`; a control that is not of one method under all seeds names them all: `random (like direct, masc)`."""
+    name = _text(row["method"])
+    if len(row["like"]) > 1:
+        name += f" (like {_text(', '.join(row['like']))})"
+    return f"{name} {DAGGER}" if _broken(row) else name
+
+
+def _setting(row: Mapping[str, Any], seed: str) -> str:
+    """What was chosen under a seed, without the method's name before it."""
+    setting = str(row["settings"].get(seed) or "").removeprefix(row["method"]).strip()
+    return NOTHING if not setting else _text(setting) + (f" {DAGGER}" if row["feasible"].get(seed) is False else "")
 
 
 def _each(texts: Sequence[str]) -> str:
@@ -240,12 +265,31 @@ def _legend(table: Mapping[str, Any]) -> list[str]:
         "**Change**: points against `none` on the same conversations, with its 95 % interval. **p (Holm)**: exact "
         "sign-flip test by behaviour, corrected for the number of methods and controls in the table.",
         f"**\\***: changed for the worse against `none`, p (Holm) below {SIGNIFICANT:g} in that column.",
+        *_dagger(table),
         "**Incoh.**: replies that are empty, repeat themselves or are not text; no metric counts them as a success. "
         "**Unsc.**: replies that no judge could score. **Detect**: mean time of detection. "
-        "**Experts**: how many the mask touches.",
+        "**Experts**: how many the mask touches. **Tried**: candidates scored on select. "
+        "**Setting**: the one that was chosen; of a control, the method whose mask it is made from.",
         "`none-again` is the unsteered model once more; `random` and the other controls are masks that should do "
         "nothing in particular.",
     ]
+
+
+def _dagger(table: Mapping[str, Any]) -> list[str]:
+    """The line about methods without a feasible setting, of every scenario that has one."""
+    found: list[str] = []
+    for scenario in table["scenarios"]:
+        broken = {row["method"]: _broken(row) for row in scenario["rows"]}
+        said = [f"{_text(name)} (seeds {', '.join(seeds)})" for name, seeds in broken.items() if seeds]
+        if said:
+            where = f" in {_text(scenario['title'])}" if len(table["scenarios"]) > 1 else ""
+            found.append(", ".join(said) + where)
+    if not found:
+        return []
+    return [
+        f"**{DAGGER}**: no setting kept every margin on select; the one that breaks its margins least is shown: "
+        + "; ".join(found) + "."
+    ]  # fmt: skip
 
 
 def _head(column: Mapping[str, Any]) -> str:

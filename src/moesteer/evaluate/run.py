@@ -67,6 +67,16 @@ def metrics(scenario: Scenario, rows: Sequence[Mapping[str, Any]]) -> dict[str, 
     return {name: stats.rate(list(found.values())).as_json() for name, found in outcomes(scenario, rows).items()}
 
 
+def by_suite(scenario: Scenario, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Every suite's first metric on its own rows: a metric that two suites share hides neither."""
+    found = {}
+    for suite in scenario.suites:
+        name = suite.metrics[0]
+        scored = stats.rate([outcome(name, row["verdict"]) for row in rows if row["suite"] == suite.name])
+        found[suite.name] = {"metric": name, **scored.as_json()}
+    return found
+
+
 def by_tactic(scenario: Scenario, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The target metric's rate for every tactic of the target suite."""
     name = scenario.target.metrics[0]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from moesteer.errors import MaskContentError
+from moesteer.errors import InputError, MaskContentError
 from moesteer.mask import SteeringMask
 from moesteer.models.routers import Router
 from moesteer.routing import check_force
@@ -30,6 +31,18 @@ def require_possible(mask: SteeringMask, routers: Sequence[Router]) -> None:
             where=f"layer {routers[int(on.argmax())].layer_id}",
             expected="none switched on: a top-1 router has one place, and every token would take this expert in it",
             do="switch others off, or use an additive mask, which leaves the choice to the token",
+        )
+
+
+def require_strengths(masks: Sequence[SteeringMask], alphas: Sequence[float | None]) -> None:
+    """Raise InputError unless there is one strength for each mask, None or a finite number."""
+    odd = [alpha for alpha in alphas if alpha is not None and not math.isfinite(alpha)]
+    if odd or len(alphas) != len(masks):
+        raise InputError(
+            f"a strength cannot be {odd[0]}" if odd else f"{len(alphas)} strengths for {len(masks)} masks",
+            where="alphas",
+            expected="one finite number for each mask, in the same order (None: the mask's own), or no alphas at all",
+            do="correct alphas, or leave them out",
         )
 
 
