@@ -30,14 +30,14 @@ START, END = "<!-- tables: written by bench/quality.py -->", "<!-- end of tables
 
 
 def ablations() -> list[Any]:
-    """Methods that differ from masc.labels-matched or from direct in one thing each (labels: in span and keep too)."""
+    """Methods that differ from masc-labels-matched or from direct in one thing each (labels: in span and keep too)."""
     from moesteer.detection import direct, masc
     from moesteer.detection.method import Method
 
     def of(base: Method, name: str, **preset: Any) -> Method:
         own = {**({"l1": 3.0} if base is masc.METHOD else {}), **preset}
         alphas = (0.25, 0.5, 1.0) if base is masc.METHOD else (0.2, 0.3, 0.4)
-        return replace(base, name=f"{base.name}.{name}", preset=own, variants=({},), alphas=alphas, gated=False)
+        return replace(base, name=f"{base.name}-{name}", preset=own, variants=({},), alphas=alphas, gated=False)
 
     found = [
         replace(of(masc.METHOD, "labels-published", span="final_user", keep=()), contrast="published"),
