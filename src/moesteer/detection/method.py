@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from moesteer import files
 from moesteer.detection.base import Detection
 from moesteer.errors import InputError, UnknownNameError
 from moesteer.trace import TraceReader
@@ -78,8 +79,8 @@ class Method:
     def plan(self) -> dict[str, Any]:
         """What decides this method's masks and candidates, for a run's plan."""
         names = ("name", "contrast", "preset", "settings", "variants", "alphas", "gated", "gated_alphas")
-        found = {name: getattr(self, name) for name in names}
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in found.items()}
+        found: dict[str, Any] = files.parse_json(files.dumps({name: getattr(self, name) for name in names}))
+        return found  # as it is read back from run.json: lists for tuples
 
     def check_settings(self, given: Mapping[str, Any], *, where: str) -> None:
         """Raise UnknownNameError for a setting that the method does not have."""
