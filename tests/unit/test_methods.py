@@ -379,3 +379,11 @@ def test_the_page_is_a_method_that_works(install, tmp_path):
 def test_the_pages_table_names_every_field_of_a_method():
     named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.*?) \|", PAGE.read_text(), re.MULTILINE))))
     assert named - {"METHOD"} == set(Method.__dataclass_fields__) - {"detect"}
+
+
+@pytest.mark.parametrize("name", list(methods()))
+def test_a_plan_is_what_run_json_gives_back(name: str) -> None:
+    """A run that was killed is gone on with only where its plan is the same: tuples must not become lists on the way."""
+    plan = method(name).plan
+    assert json.loads(json.dumps(plan)) == plan
+    assert plan["settings"] and plan["name"] == name
