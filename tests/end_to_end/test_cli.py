@@ -148,7 +148,7 @@ def test_evaluate_compares_pair_by_pair_and_refuses_another_mask(tmp_path: Path,
     refused = sum(row["verdict"] == "refused" for row in rows if row["suite"] == "direct")
     assert steered["metrics"]["direct_refusal_rate"]["value"] == refused / 12
     _, _, error = run(*args, "--mask", mask_file, "--alpha", "0.1")
-    assert isinstance(error, FileError) and "other settings (changed: alpha)" in error.what
+    assert isinstance(error, FileError) and "other settings (changed: alphas)" in error.what
 
 
 def test_lists_and_doctor(mask_file: Path) -> None:

@@ -183,7 +183,7 @@ def _eligible(
 
 def _none_left(what: str, facts: dict[str, Any], do: str) -> NoEffectError:
     return NoEffectError(
-        f"no expert was found {what}",
+        f"risk-difference found no expert {what}",
         where=", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
                         for name, value in facts.items()),
         expected="at least one",
