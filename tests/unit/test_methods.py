@@ -383,7 +383,7 @@ def test_the_pages_table_names_every_field_of_a_method():
 
 @pytest.mark.parametrize("name", list(methods()))
 def test_a_plan_is_what_run_json_gives_back(name: str) -> None:
-    """A run that was killed is gone on with only where its plan is the same: tuples must not become lists on the way."""
+    """A killed run is gone on with only where its plan is the same: tuples must not become lists on the way."""
     plan = method(name).plan
     assert json.loads(json.dumps(plan)) == plan
     assert plan["settings"] and plan["name"] == name
