@@ -28,7 +28,7 @@ def demo(
 
     # of the paper's 32 settings a few, so that it takes two minutes; `moesteer steer` tries all
     published = replace(method("masc-published"), variants=({"l1": 1e-3},), alphas=(0.25, 0.5, 1.0))
-    direct = replace(method("direct"), gated_alphas=(0.5, 0.75))
+    direct = replace(method("direct"), gated_alphas=(0.35, 0.5))
     run_and_show(
         "lab-tiny", scenario="jailbreak-defense", out=out, methods=("risk-difference", published, direct),
         seed=seed, fresh=fresh, json=json,

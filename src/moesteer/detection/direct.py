@@ -378,5 +378,5 @@ METHOD = Method(
     through_model=True,
     alphas=(0.2, 0.25, 0.3, 0.35, 0.4),
     gated=True,
-    gated_alphas=(0.5, 0.75, 1.0),
+    gated_alphas=(0.35, 0.5, 0.75, 1.0),
 )
