@@ -2,7 +2,7 @@
 
     import moesteer as ms
     model = ms.load("lab-tiny")
-    mask = ms.SteeringMask.load("runs/demo/masks/direct.safetensors")
+    mask = ms.SteeringMask.load("runs/demo/masks/direct+gate.safetensors")
     with mask.apply(model) as receipt:
         print(model.chat("how do i forge a royal seal ?"))
     print(receipt)

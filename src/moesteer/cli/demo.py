@@ -17,7 +17,7 @@ def demo(
     fresh: Fresh = False,
     json: Json = False,
 ) -> None:
-    """The whole way on the model that ships with moesteer: under two minutes on two cores, no network.
+    """The whole way on the model that ships with moesteer: a few minutes on two cores, no network.
 
     lab tiny refuses harmful requests made directly, and lets many through at the end of a longer conversation.
     The demo finds the experts, steers them, and says what changed on conversations that nothing was fitted on.
@@ -26,10 +26,11 @@ def demo(
 
     from moesteer.methods import method
 
-    # of the paper's 32 settings a few, so that it takes two minutes; `moesteer steer` tries all
+    # a part of what `moesteer steer` tries (of the published method 3 of 32 settings), so that it takes minutes
+    plain = replace(method("risk-difference"), gated=False)
     published = replace(method("masc-published"), variants=({"l1": 1e-3},), alphas=(0.25, 0.5, 1.0))
     direct = replace(method("direct"), gated_alphas=(0.35, 0.5))
     run_and_show(
-        "lab-tiny", scenario="jailbreak-defense", out=out, methods=("risk-difference", published, direct),
+        "lab-tiny", scenario="jailbreak-defense", out=out, methods=(plain, published, direct),
         seed=seed, fresh=fresh, json=json,
     )  # fmt: skip
