@@ -2,7 +2,8 @@
 
     probability = sigmoid(sum(gate_LE * pooled_LE) + bias),   fires where it is at least `threshold`
 
-pooled_LE [L, E] is the mean of the unsteered router logits over some positions of the prompt (`pool`). The
+pooled_LE [L, E] is the mean of the unsteered router logits over some positions of the prompt (`pool`); of a pool of
+two parts it is [2 L, E], the table of the first part above that of the second, and so are the gate's weights. The
 decision is made once per request, at the end of its prompt, before anything is steered; docs/gate.md says what
 follows for the KV cache. Numpy only: the definition that every backend is tested against. The probe is fitted
 by detection/gate.py.
@@ -16,8 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-Pool = Literal["last", "final_turn", "prompt"]
-POOLS: tuple[Pool, ...] = ("last", "final_turn", "prompt")
+Part = Literal["last", "final_turn", "prompt"]
+Pool = Literal["last", "final_turn", "prompt", "last+final_turn"]
+PARTS: dict[Pool, tuple[Part, ...]] = {
+    "last": ("last",),
+    "final_turn": ("final_turn",),
+    "prompt": ("prompt",),
+    "last+final_turn": ("last", "final_turn"),
+}
+POOLS: tuple[Pool, ...] = tuple(PARTS)
 
 
 class GateRate(BaseModel):
@@ -35,7 +43,7 @@ class GateInfo(BaseModel):
     """What a gate is besides its weights, and how good it was on text that it was not fitted on.
 
     pool: "last", the last position of the prompt; "final_turn", from the first token of the last user message to
-    the prompt's end; "prompt", all of it. bias: of the calibrated log odds. threshold: a probability.
+    the prompt's end; "prompt", all of it; "last+final_turn", the first two side by side. bias: of the calibrated log odds. threshold: a probability.
     measured_on: the text of the rates; false_positive_rate: on protected text; true_positive_rate: on the target's.
     auroc: of the two.
     """
@@ -51,12 +59,17 @@ class GateInfo(BaseModel):
     auroc: float = Field(ge=0.0, le=1.0)
 
 
-def pooled_span(pool: Pool, *, prompt: tuple[int, int], final_turn: tuple[int, int] | None) -> tuple[int, int]:
+def parts(pool: Pool) -> tuple[Part, ...]:
+    """The averages that a pool is made of, in the order of their tables."""
+    return PARTS[pool]
+
+
+def pooled_span(part: Part, *, prompt: tuple[int, int], final_turn: tuple[int, int] | None) -> tuple[int, int]:
     """The half-open range of prompt positions whose logits are averaged."""
     start, end = prompt
-    if pool == "last":
+    if part == "last":
         return end - 1, end
-    if pool == "final_turn" and final_turn is not None:
+    if part == "final_turn" and final_turn is not None:
         return final_turn
     return start, end
 

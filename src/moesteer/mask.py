@@ -25,7 +25,7 @@ from safetensors.numpy import save as save_tensors
 from moesteer import files
 from moesteer.errors import MaskContentError, MaskFileError, MaskMismatchError, NoEffectError
 from moesteer.fingerprint import Fingerprint
-from moesteer.gate import GateInfo
+from moesteer.gate import GateInfo, parts
 from moesteer.routing import Scoring, check_force
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ class MaskInfo(BaseModel):
 class SteeringMask:
     """Frozen. strength_LE float32 with sigma_L float32, or force_LE int8 (1 on, -1 off, 0 free); never both.
 
-    gate_LE float32 with `info.gate`: the mask applies only to requests on which the gate fires (gate.py).
+    gate_LE float32 with `info.gate`: the mask applies only to requests on which the gate fires (gate.py; a pool of
+    two parts has two tables, one above the other).
     Rows follow `info.fingerprint.layer_ids`. Raises MaskContentError on numbers that cannot be applied.
     """
 
@@ -244,7 +245,7 @@ class SteeringMask:
             "force": (np.dtype(np.int8), shape),
             "strength": (np.dtype(np.float32), shape),
             "sigma": (np.dtype(np.float32), shape[:1]),
-            "gate": (np.dtype(np.float32), shape),
+            "gate": (np.dtype(np.float32), _gate_shape(info, shape)),
         }
         gate = {"gate"} if info.gate is not None else set()
         if set(tensors) not in ({"force"} | gate, {"strength", "sigma"} | gate):
@@ -348,6 +349,11 @@ def _check_content(mask: SteeringMask) -> None:
         raise _content_error("sigma is negative", where="sigma", do="detect the mask again")
 
 
+def _gate_shape(info: MaskInfo, shape: tuple[int, int]) -> tuple[int, int]:
+    """[L, E] for each part of the gate's pool, one above the other."""
+    return (shape[0] * (1 if info.gate is None else len(parts(info.gate.pool))), shape[1])
+
+
 def _check_gate(mask: SteeringMask, shape: tuple[int, int]) -> None:
     gate_LE = mask.gate_LE
     if (gate_LE is None) != (mask.info.gate is None):
@@ -358,9 +364,10 @@ def _check_gate(mask: SteeringMask, shape: tuple[int, int]) -> None:
         )
     if gate_LE is None:
         return
-    if (gate_LE.dtype, gate_LE.shape) != (np.dtype("<f4"), shape) or not np.isfinite(gate_LE).all():
+    wanted = _gate_shape(mask.info, shape)
+    if (gate_LE.dtype, gate_LE.shape) != (np.dtype("<f4"), wanted) or not np.isfinite(gate_LE).all():
         raise _content_error(
             f"the gate's weights are {gate_LE.dtype} {gate_LE.shape}, or not finite",
             where=f"a {mask.info.method} mask for {shape[0]} layers of {shape[1]} experts",
-            do="give finite float32 [L, E], or detect the gate again",
+            do=f"give finite float32 {list(wanted)}, or detect the gate again",
         )

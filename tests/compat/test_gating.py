@@ -68,8 +68,8 @@ def alone(model: Model, one: Encoded) -> NDArray[np.float64]:
 
 def averaged(model: Model, one: Encoded, pool: Pool) -> NDArray[np.float64]:
     every = alone(model, one)
-    start = {"last": -1, "prompt": 0, "final_turn": one.spans["final_turn"][0]}[pool]
-    return np.asarray(every[start:].mean(axis=0))
+    starts = {"last": -1, "prompt": 0, "final_turn": one.spans["final_turn"][0]}
+    return np.concatenate([every[starts[part] :].mean(axis=0) for part in pool.split("+")])
 
 
 def behind(
@@ -93,7 +93,8 @@ def never(mask: SteeringMask) -> SteeringMask:
 def sometimes(model: Model, mask: SteeringMask, *, seed: int = 0, pool: Pool = "final_turn") -> SteeringMask:
     """The mask behind a gate that fires on two of the five talks, whose scores lie well apart; which two: see `who`."""
     for attempt in range(seed, seed + 50):
-        weights = np.random.default_rng(attempt).normal(size=mask.values_LE.shape).astype(np.float32)
+        shape = (len(gate.parts(pool)) * len(mask.values_LE), mask.values_LE.shape[1])
+        weights = np.random.default_rng(attempt).normal(size=shape).astype(np.float32)
         scores = sorted(float((averaged(model, one, pool) * weights).sum()) for one in encoded(model))
         if scores[3] - scores[2] > 0.05:
             return behind(mask, bias=-(scores[2] + scores[3]) / 2, pool=pool, weights=weights)

@@ -69,11 +69,15 @@ def test_scores_beyond_the_range_of_exp_are_certain_and_make_no_noise():
         ]
 
 
+def spans_of(pool, **asked):
+    return [gate.pooled_span(part, **asked) for part in gate.parts(pool)]
+
+
 def test_every_pool_names_its_positions():
     asked = {"prompt": (0, 9), "final_turn": (4, 9)}
-    assert [gate.pooled_span(pool, **asked) for pool in POOLS] == [(8, 9), (4, 9), (0, 9)]
+    assert [spans_of(pool, **asked) for pool in POOLS] == [[(8, 9)], [(4, 9)], [(0, 9)], [(8, 9), (4, 9)]]
     without = {"prompt": (0, 9), "final_turn": None}  # token ids without a conversation: nobody knows where it begins
-    assert [gate.pooled_span(pool, **without) for pool in POOLS] == [(8, 9), (0, 9), (0, 9)]
+    assert [spans_of(pool, **without) for pool in POOLS] == [[(8, 9)], [(0, 9)], [(0, 9)], [(8, 9), (0, 9)]]
 
 
 @pytest.mark.parametrize(
@@ -378,7 +382,7 @@ def test_the_pool_and_the_penalty_of_the_best_area_are_chosen():
     rng = np.random.default_rng(6)
     good, bad = side(rng, 60, mean=1.2), side(rng, 60, mean=0.0)
     mine = Side(
-        {"last": bad.pooled["last"], "final_turn": good.pooled["last"], "prompt": bad.pooled["last"]},
+        {pool: (good if pool == "final_turn" else bad).pooled["last"] for pool in POOLS},
         good.groups,
         good.tactics,
     )

@@ -77,6 +77,21 @@ def test_a_file_written_by_hand_from_the_format_loads(make, tensors):
 
 
 @BOTH
+def test_a_pool_of_two_parts_has_two_tables_one_above_the_other(make, tensors):
+    both = np.concatenate([WEIGHTS, -WEIGHTS])
+    two = make().with_gate(both, told().model_copy(update={"pool": "last+final_turn"}))
+    again = SteeringMask.from_bytes(two.to_bytes(), where="x")
+    assert np.array_equal(again.gate_LE, both) and again.info.gate.pool == "last+final_turn"
+    written = {**tensors, "gate": ("F32", "f4", [6, 8], both.tobytes())}
+    assert SteeringMask.from_bytes(raw_file(written, changed(pool="last+final_turn")), where="x").sha256 == two.sha256
+    refused(raw_file(written, META_2), MaskFileError, "tensor gate is float32 (6, 8)")
+    refused(raw_file(with_gate(tensors), changed(pool="last+final_turn")), MaskFileError, "gate is float32 (3, 8)")
+    with pytest.raises(MaskContentError, match=r"\(3, 8\), or not finite") as caught:
+        two.with_gate(WEIGHTS, two.info.gate)
+    assert caught.value.do == "give finite float32 [6, 8], or detect the gate again"
+
+
+@BOTH
 def test_a_saved_file_holds_what_the_format_says(make, tensors):
     header, body = split_file(gated(make).to_bytes())
     outer = json.loads(header)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moesteer import gate
 from moesteer.errors import NanLogitsError, NoEffectError
-from moesteer.gate import Pool
+from moesteer.gate import Part, Pool
 from moesteer.mask import SteeringMask
 from moesteer.models.check import backbone
 from moesteer.models.routers import Router
@@ -51,7 +51,7 @@ class _Pooling:
 def pooled_logits(
     model: Model, prompts: Sequence[Encoded], pools: Sequence[Pool]
 ) -> Mapping[Pool, NDArray[np.float32]]:
-    """For each pool [N, L, E]: the unsteered router logits of every prompt, averaged over the pool's positions.
+    """For each pool [N, L, E] (two parts: [N, 2 L, E]): the unsteered router logits, averaged over its positions.
 
     Responses, where the sequences hold some, are left out. One forward pass over the prompts, in batches by length.
     Raises NoEffectError where routers are not asked, NanLogitsError for logits that are not finite: on those no gate
@@ -59,25 +59,26 @@ def pooled_logits(
     """
     from moesteer.backends.hf import length_batches
 
+    parts = sorted({part for pool in pools for part in gate.parts(pool)})
     shape = (len(prompts), len(model.routers), model.fingerprint.experts)
-    found: dict[Pool, NDArray[np.float32]] = {pool: np.zeros(shape, dtype=np.float32) for pool in pools}
+    found: dict[Part, NDArray[np.float32]] = {part: np.zeros(shape, dtype=np.float32) for part in parts}
     for batch in length_batches([e.spans["prompt"][1] for e in prompts], POOL_POSITIONS):
-        made = _pool_batch(model, [prompts[i] for i in batch], pools)
-        for pool in pools:
-            found[pool][batch] = made[pool]
-    return found
+        made = _pool_batch(model, [prompts[i] for i in batch], parts)
+        for part in parts:
+            found[part][batch] = made[part]
+    return {pool: np.concatenate([found[part] for part in gate.parts(pool)], axis=1) for pool in pools}
 
 
-def _pool_batch(model: Model, batch: Sequence[Encoded], pools: Sequence[Pool]) -> dict[Pool, NDArray[np.float32]]:
+def _pool_batch(model: Model, batch: Sequence[Encoded], parts: Sequence[Part]) -> dict[Part, NDArray[np.float32]]:
     ids, attention = model.pad([e.token_ids[: e.spans["prompt"][1]] for e in batch], left=False)
     width = ids.shape[1]
     positions: list[int] = []
     owner: list[int] = []
     counts: list[int] = []
-    for number, pool in enumerate(pools):
+    for number, part in enumerate(parts):
         for row, encoded in enumerate(batch):
             start, end = gate.pooled_span(
-                pool, prompt=encoded.spans["prompt"], final_turn=encoded.spans.get("final_turn")
+                part, prompt=encoded.spans["prompt"], final_turn=encoded.spans.get("final_turn")
             )
             positions += range(row * width + start, row * width + end)
             owner += [number * len(batch) + row] * (end - start)
@@ -105,7 +106,7 @@ def _pool_batch(model: Model, batch: Sequence[Encoded], pools: Sequence[Pool]) -
             expected="finite numbers",
             do="check the weights and the dtype: float16 overflows where bfloat16 does not",
         )
-    return {pool: stacked[i * len(batch) : (i + 1) * len(batch)] for i, pool in enumerate(pools)}
+    return {part: stacked[i * len(batch) : (i + 1) * len(batch)] for i, part in enumerate(parts)}
 
 
 Remembered = MutableMapping[tuple[tuple[int, ...], Pool], NDArray[np.float32]]

@@ -24,7 +24,7 @@ from moesteer.errors import EmptyDataError, InputError, NoEffectError
 from moesteer.gate import GateInfo, GateRate, Pool
 from moesteer.mask import SteeringMask
 
-PENALTIES = (1.0, 10.0, 100.0)
+PENALTIES = (3.0, 30.0, 300.0)
 FOLDS = 5
 LOWEST = 1e-6
 """The smallest threshold: a gate that is never shut is no gate."""
