@@ -30,18 +30,21 @@ START, END = "<!-- tables: written by bench/quality.py -->", "<!-- end of tables
 
 
 def ablations() -> list[Any]:
-    """Methods that differ from masc-labels-matched or from direct in one thing each (labels: in span and keep too)."""
+    """Methods that differ from masc-labels-matched or from direct in one thing each (labels: in span and keep too).
+
+    gated: also behind the gate, for what the gate does by itself.
+    """
     from moesteer.detection import direct, masc
     from moesteer.detection.method import Method
 
-    def of(base: Method, name: str, **preset: Any) -> Method:
+    def of(base: Method, name: str, *, gated: bool = False, **preset: Any) -> Method:
         own = {**({"l1": 3.0} if base is masc.METHOD else {}), **preset}
         alphas = (0.25, 0.5, 1.0) if base is masc.METHOD else (0.2, 0.3, 0.4)
-        return replace(base, name=f"{base.name}-{name}", preset=own, variants=({},), alphas=alphas, gated=False)
+        return replace(base, name=f"{base.name}-{name}", preset=own, variants=({},), alphas=alphas, gated=gated)
 
     found = [
-        replace(of(masc.METHOD, "labels-published", span="final_user", keep=()), contrast="published"),
-        of(masc.METHOD, "labels-matched"),
+        replace(of(masc.METHOD, "labels-published", gated=True, span="final_user", keep=()), contrast="published"),
+        of(masc.METHOD, "labels-matched", gated=True),
         of(masc.METHOD, "surrogate-gru", surrogate_kind="gru"),
         of(masc.METHOD, "surrogate-linear", surrogate_kind="linear"),
         of(masc.METHOD, "start-random", start="random"),
@@ -54,7 +57,7 @@ def ablations() -> list[Any]:
     for base in (masc.METHOD, direct.METHOD):
         found += [of(base, f"conversations-{n}", conversations=n) for n in (8, 32)]
     found += [
-        of(direct.METHOD, "surrogate-none"),
+        of(direct.METHOD, "surrogate-none", gated=True),
         of(direct.METHOD, "sparsity-none", l1=0.0),
         of(direct.METHOD, "sparsity-strong", l1=1.6e-2),
         of(direct.METHOD, "layers-first-half", layers=(0, 1, 2)),
@@ -75,9 +78,7 @@ def run_one(scenario: str, seed: int, *, kind: str, folder: Path, limit: int | N
     torch.set_num_threads(1)
     show.quiet_transformers()
     if kind == "ablations":
-        steer(
-            MODEL, scenario=scenario, out=folder, methods=ablations(), controls=(), gate=False, seed=seed, limit=limit
-        )
+        steer(MODEL, scenario=scenario, out=folder, methods=ablations(), controls=(), seed=seed, limit=limit)
         return
     few = ("risk-difference", "masc", "direct", RESIDUAL)
     names = few if kind == "reversed" else (*methods(), RESIDUAL)

@@ -43,7 +43,8 @@ class GateInfo(BaseModel):
     """What a gate is besides its weights, and how good it was on text that it was not fitted on.
 
     pool: "last", the last position of the prompt; "final_turn", from the first token of the last user message to
-    the prompt's end; "prompt", all of it; "last+final_turn", the first two side by side. bias: of the calibrated log odds. threshold: a probability.
+    the prompt's end; "prompt", all of it; "last+final_turn", the first two side by side. bias: of the calibrated log
+    odds. threshold: a probability.
     measured_on: the text of the rates; false_positive_rate: on protected text; true_positive_rate: on the target's.
     auroc: of the two.
     """

@@ -174,6 +174,8 @@ def test_only_the_layers_named_are_steered_and_so_many_conversations_used(model_
     assert found[1].any() and not found[[0, 2]].any()
     with pytest.raises(InputError, match="no layers 9"):
         strength(model, layers=[9])
+    with pytest.raises(InputError, match="no list of whole numbers"):
+        strength(model, layers=3)
     info = detect(model, **given(model), **QUICK, conversations=2).mask.info
     assert (info.settings["targets"], info.settings["keeps"], info.settings["conversations"]) == (2, 2, 2)
 

@@ -74,8 +74,8 @@ def rows_of_layers(fingerprint: Fingerprint, layers: Sequence[int] | None) -> ND
     listed = isinstance(layers, Iterable) and not isinstance(layers, str)
     if not listed or not all(isinstance(one, Integral) and not isinstance(one, bool) for one in layers):
         raise InputError(
-            f"the setting layers is no list of whole numbers: {layers!r}",
-            where="the setting layers",
+            "the setting layers is no list of whole numbers",
+            where=f"the setting layers: {layers!r}",
             expected=f"a list of decoder layers with a router: {', '.join(map(str, known))}",
             do="write it as a list, for example layers=[3], or leave it out",
         )
@@ -83,7 +83,7 @@ def rows_of_layers(fingerprint: Fingerprint, layers: Sequence[int] | None) -> ND
     if unknown or not layers:
         raise InputError(
             f"no layers {', '.join(map(str, unknown))}" if unknown else "no layer is left to steer",
-            where="the setting layers",
+            where=f"the setting layers: {layers!r}",
             expected=f"decoder layers with a router: {', '.join(map(str, known))}",
             do="correct the setting, or leave it out",
         )

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moesteer.detection.base import Detection
+from moesteer.detection.base import Detection, rows_of_layers
 from moesteer.detection.method import Method
 from moesteer.detection.through_model import (
     EncodedResponse,
@@ -29,7 +29,6 @@ from moesteer.detection.through_model import (
     drawn,
     mask_of,
     number,
-    out_of_range,
     require_finite,
     require_keeps,
     require_responses,
@@ -99,19 +98,19 @@ def detect(
     }  # fmt: skip
     counts = wholes(NAME, least_one, least=1)
     seed = whole(NAME, "seed", seed, least=0)
-    layer_ids = _checked_layers(layers, model.fingerprint)
+    rows = np.flatnonzero(rows_of_layers(model.fingerprint, layers)).tolist()
     require_responses(NAME, targets=targets, keeps=keeps)
     if keep_weight:
         require_keeps(NAME, keeps, f"keep_weight={keep_weight:g}")
     _require_spare(model.routers[0].scoring, model.fingerprint)
     used = drawn(NAME, targets, most=counts["most_targets"], seed=seed, role="targets")
     kept = drawn(NAME, keeps, most=counts["most_keeps"], seed=seed, role="keeps") if keep_weight else []
-    rows = [model.fingerprint.layer_ids.index(layer_id) for layer_id in layer_ids]
     entries = [(row, expert) for row in rows for expert in range(model.fingerprint.experts)]
     measure = _Measure(model, counts["response_tokens"], counts["rows_per_pass"], entries)
     score_LE, facts = _scores(measure, used, kept, keep_weight)
     settings: dict[str, Any] = {
-        **chosen_form.used(), "keep_weight": keep_weight, "layers": None if layers is None else layer_ids, **counts,
+        **chosen_form.used(), "keep_weight": keep_weight,
+        "layers": None if layers is None else sorted(set(layers)), **counts,
         "seed": seed, "targets": len(used), "keeps": len(kept),
     }  # fmt: skip
     mask = mask_of(
@@ -199,17 +198,6 @@ def _scores(
         "largest_fall": float(effect_LE.min()), "largest_harm": float(harm_LE.max()) if keeps else None,
     }  # fmt: skip
     return -np.sign(effect_LE) * np.maximum(np.abs(effect_LE) - keep_weight * harm_LE, 0.0), facts
-
-
-def _checked_layers(layers: Any, fingerprint: Fingerprint) -> list[int]:
-    """Decoder layer ids in order. Raises InputError for one that has no router."""
-    if layers is None:
-        return list(fingerprint.layer_ids)
-    known = set(fingerprint.layer_ids)
-    listed = isinstance(layers, Sequence) and not isinstance(layers, str)
-    if not listed or not layers or not all(type(layer) is int and layer in known for layer in layers):
-        raise out_of_range(NAME, "layers", layers, f"some of the layers with a router: {sorted(known)}")
-    return sorted(set(layers))
 
 
 def _require_spare(scoring: Scoring, fingerprint: Fingerprint) -> None:

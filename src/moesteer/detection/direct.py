@@ -126,6 +126,7 @@ def detect(
     may be steered (None: all of both). state: a file in which an unfinished optimisation is kept and gone on with.
     Raises EmptyDataError, InputError, NanLogitsError, NoEffectError.
     """
+    rows_of_layers(model.fingerprint, layers)  # says what is wrong with them before they are made a tuple
     settings = Settings(
         steps, targets_per_step, keeps_per_step, keep_weight, l1, learning_rate, response_tokens, pass_positions,
         checkpointing, max_tokens, max_seconds, conversations, None if layers is None else tuple(layers), seed,

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from moesteer.detection import surrogate
 from moesteer.detection.base import (
@@ -54,6 +56,34 @@ def detect(
     InputError, NoEffectError, NanLogitsError.
     """
     _require_settings(l1=l1, epochs=epochs, learning_rate=learning_rate, start_std=start_std)
+    data, token_ids, labels = _read(trace, toward=toward, span=span)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator).tolist()
+    cut = max(1, int(0.8 * len(order)))
+    train, held = order[:cut], order[cut:]
+    stack = surrogate.fit("lstm", data, train=train, classes=2, seeds=[seed])
+    sigma_L = torch.from_numpy(trace.sigma_L)
+    strength = _optimise(
+        stack, data, sigma_L, l1=l1, epochs=epochs, learning_rate=learning_rate, start_std=start_std,
+        generator=generator,
+    )  # fmt: skip
+    settings = {"span": span, "l1": l1, "seed": seed, "epochs": epochs, "learning_rate": learning_rate,
+                "start_std": start_std}  # fmt: skip
+    mask = additive_mask(trace, strength, trace.sigma_L, method="masc-published", toward=toward, settings=settings)
+    plain = plain_classifiers(token_ids, labels, train=train, held=held)
+    facts = {
+        **as_facts(float(surrogate.accuracy(stack, data, held)[0]), plain),
+        "surrogate_train_accuracy": float(surrogate.accuracy(stack, data, train)[0]),
+        "surrogate_held_out": len(held),
+        "moved_to_wanted_class": _moved(stack, data, sigma_L[:, None] * torch.from_numpy(strength)),
+    }
+    return Detection(mask, strength, facts)
+
+
+def _read(
+    trace: TraceReader, *, toward: str, span: str
+) -> tuple[surrogate.Sequences, list[NDArray[np.int32]], list[int]]:
+    """(sequences, their token ids, labels: 1 wanted, 0 not)."""
     require_unsteered(trace)
     require_span(trace, span)
     require_logits(trace)
@@ -66,41 +96,43 @@ def detect(
             labels.append(1 if row.id in wanted else 0)
             token_ids.append(np.asarray(arrays["token_ids"][row.span(span)]))
     require_both(labels, (0, 1), toward=toward, span=span, where=str(trace.folder))
-    data = surrogate.Sequences.of(sequences, labels)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator).tolist()
-    cut = max(1, int(0.8 * len(order)))
-    train, held = order[:cut], order[cut:]
-    stack = surrogate.fit("lstm", data, train=train, classes=2, seeds=[seed])
-    sigma = torch.from_numpy(trace.sigma_L)
+    return surrogate.Sequences.of(sequences, labels), token_ids, labels
+
+
+def _optimise(
+    stack: surrogate.Stack,
+    data: surrogate.Sequences,
+    sigma_L: Tensor,
+    *,
+    l1: float,
+    epochs: int,
+    learning_rate: float,
+    start_std: float,
+    generator: torch.Generator,
+) -> NDArray[np.float32]:
+    """S [L, E] through the frozen surrogate, entries within ZERO_BELOW set to zero."""
     inputs, lengths = data.logits_NTLE[None], data.lengths_N
     matrix = torch.randn(tuple(inputs.shape[3:]), generator=generator) * start_std
     matrix.requires_grad_(True)
     optimizer = torch.optim.Adam([matrix], lr=learning_rate)
-    target = torch.ones(len(labels), dtype=torch.long)
+    target = torch.ones(len(lengths), dtype=torch.long)
     for _ in range(epochs):
-        verdict = stack(inputs + (sigma[:, None] * matrix), lengths)
+        verdict = stack(inputs + (sigma_L[:, None] * matrix), lengths)
         loss = stack.loss(verdict, target).sum() + l1 * matrix.abs().sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    strength = matrix.detach().numpy().copy()
+    strength: NDArray[np.float32] = matrix.detach().numpy().copy()
     strength[np.abs(strength) <= ZERO_BELOW] = 0.0
-    unwanted = torch.tensor(labels) == 0
+    return strength
+
+
+def _moved(stack: surrogate.Stack, data: surrogate.Sequences, bias_LE: Tensor) -> float:
+    """Share of unwanted sequences that the surrogate takes for wanted once steered."""
+    unwanted = data.labels_N == 0
     with torch.no_grad():
-        verdict = stack(inputs[:, unwanted] + sigma[:, None] * torch.from_numpy(strength), lengths[unwanted])
-        moved = float(stack.classes(verdict).float().mean())
-    settings = {"span": span, "l1": l1, "seed": seed, "epochs": epochs, "learning_rate": learning_rate,
-                "start_std": start_std}  # fmt: skip
-    mask = additive_mask(trace, strength, trace.sigma_L, method="masc-published", toward=toward, settings=settings)
-    plain = plain_classifiers(token_ids, labels, train=train, held=held)
-    facts = {
-        **as_facts(float(surrogate.accuracy(stack, data, held)[0]), plain),
-        "surrogate_train_accuracy": float(surrogate.accuracy(stack, data, train)[0]),
-        "surrogate_held_out": len(held),
-        "moved_to_wanted_class": moved,
-    }
-    return Detection(mask, strength, facts)
+        verdict = stack(data.logits_NTLE[None][:, unwanted] + bias_LE, data.lengths_N[unwanted])
+        return float(stack.classes(verdict).float().mean())
 
 
 def _require_settings(*, l1: float, epochs: int, learning_rate: float, start_std: float) -> None:
