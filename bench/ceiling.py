@@ -1,19 +1,23 @@
 """How far a static expert bias can go at all: lab tiny's document-following, with nothing kept.
 
-    python bench/ceiling.py [--steps 120]
+    python bench/ceiling.py [--steps 300]
 
 For each choice of positions that are steered, a bias [L, E] is optimised through the model on the fit split's own
-documents towards the wanted answers, without any term that keeps other text and without a penalty: no mask of that
-form can be expected to do better. Beside it: how often the model follows the same kind of document when the wording
-asks for it, which is what its weights can do. Writes bench/results/ceiling.json.
+documents towards the wanted answers, without any term that keeps other text and without a penalty: what this
+optimisation reaches, a mask that must also keep other text should not be expected to exceed. Beside it: the same for
+a vector added to the residual stream behind every decoder layer, which has more numbers and acts on more than
+routing; and how often the model follows the same kind of document when the wording asks for it, which is what its
+weights can do. Writes bench/results/ceiling.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +26,7 @@ from moesteer import files, runs
 from moesteer import scenario as scenarios
 from moesteer.backends.chat import Encoded
 from moesteer.backends.hf import Model, response_places
+from moesteer.backends.layers import decoder_layers
 from moesteer.backends.loading import load
 from moesteer.capturing import forward
 from moesteer.conversations import Message
@@ -61,6 +66,26 @@ def spans(encoded: Encoded, width: int, where: str) -> Tensor:
     return found
 
 
+@contextmanager
+def added(model: Model, vectors_LD: Tensor) -> Iterator[None]:
+    """Vectors added to the residual stream, each behind its decoder layer, at every position."""
+
+    def hook(row: int) -> Callable[[nn.Module, Any, Any], Any]:
+        def shifted(module: nn.Module, given: Any, out: Any) -> Any:
+            moved = vectors_LD[row]
+            return (out[0] + moved, *out[1:]) if isinstance(out, tuple) else out + moved
+
+        return shifted
+
+    layers = decoder_layers(model)
+    handles = [layers[layer_id].register_forward_hook(hook(row)) for row, layer_id in enumerate(sorted(layers))]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def predicted(model: Model, items: Sequence[Encoded], bias_LE: Tensor, where: str) -> tuple[Tensor, Tensor, Tensor]:
     """(vocabulary logits, the tokens they should predict, number of the sequence) at the response's positions."""
     ids, attention = model.pad([e.token_ids for e in items], left=False)
@@ -71,10 +96,25 @@ def predicted(model: Model, items: Sequence[Encoded], bias_LE: Tensor, where: st
     return logits, ids[rows, [c + 1 for c in columns]], torch.tensor(rows)
 
 
-def followed(model: Model, items: Sequence[Encoded], bias_LE: Tensor, where: str) -> float:
+def optimised(predict: Callable[[], tuple[Tensor, Tensor, Tensor]], numbers: Tensor, steps: int, rate: float) -> float:
+    """Adam on the numbers towards the tokens that should be predicted; the last loss."""
+    optimizer = torch.optim.Adam([numbers], lr=rate)
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2.0 * (1.0 - step / steps)))
+    last = float("nan")
+    for _ in range(steps):
+        logits, wanted, _ = predict()
+        loss = nn.functional.cross_entropy(logits, wanted)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        falling.step()
+        last = loss.item()
+    return last
+
+
+def followed(found: tuple[Tensor, Tensor, Tensor], items: Sequence[Encoded]) -> float:
     """Share of the items whose every response token is the likeliest."""
-    with torch.no_grad():
-        logits, wanted, rows = predicted(model, items, bias_LE, where)
+    logits, wanted, rows = found
     missed = rows[logits.argmax(-1) != wanted].unique()
     return 1.0 - len(missed) / len(items)
 
@@ -92,6 +132,20 @@ def capability(model: Model, wording: str, split: str) -> float:
     return sum(one.text == text for one, text in zip(made, wanted, strict=True)) / len(wanted)
 
 
+def in_the_stream(model: Model, items: dict[str, list[Encoded]], steps: int) -> dict[str, float]:
+    """Shares followed with optimised vectors behind every layer, and the last loss."""
+    vectors_LD = torch.zeros((len(decoder_layers(model)), model.hf.config.hidden_size), requires_grad=True)
+    zero = torch.zeros((len(model.routers), model.fingerprint.experts))
+    with added(model, vectors_LD):
+        last = optimised(lambda: predicted(model, items["fit"], zero, "everywhere"), vectors_LD, steps, 0.03)
+        with torch.no_grad():
+            shares = {
+                split: followed(predicted(model, rows, zero, "everywhere"), rows) for split, rows in items.items()
+            }
+    print(f"{'vectors in the residual stream':<36} {_line(shares)}  loss {last:.3f}", flush=True)
+    return {**shares, "loss": last}
+
+
 def _line(shares: dict[str, float]) -> str:
     return "  ".join(f"{split} {100 * share:5.1f} %" for split, share in shares.items())
 
@@ -99,7 +153,7 @@ def _line(shares: dict[str, float]) -> str:
 def main() -> None:
     """Optimise, print one table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=300)
     given = parser.parse_args()
     model = load("lab-tiny")
     for parameter in model.hf.parameters():
@@ -110,25 +164,24 @@ def main() -> None:
     assert logits_NLE is not None
     sigma_L = torch.from_numpy(logits_NLE.std(axis=(0, 2)))
     asked = {w: {s: capability(model, w, s) for s in ("fit", "select")} for w in ("document", "plain")}
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for where in ("everywhere", "the reply", "the prompt", "the question and the reply"):
         strength = torch.zeros((len(sigma_L), model.fingerprint.experts), requires_grad=True)
-        optimizer = torch.optim.Adam([strength], lr=0.1)
-        for _ in range(given.steps):
-            logits, wanted, _ = predicted(model, items["fit"], sigma_L[:, None] * strength, where)
-            loss = nn.functional.cross_entropy(logits, wanted)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        last = optimised(
+            lambda strength=strength, where=where: predicted(
+                model, items["fit"], sigma_L[:, None] * strength, where
+            ), strength, given.steps, 0.1,
+        )  # fmt: skip
         bias = (sigma_L[:, None] * strength).detach()
-        found[where] = {split: followed(model, items[split], bias, where) for split in items}
-        print(
-            f"bias on {where:<28} fit {100 * found[where]['fit']:5.1f} %  select {100 * found[where]['select']:5.1f} %"
-        )
+        with torch.no_grad():
+            shares = {split: followed(predicted(model, rows, bias, where), rows) for split, rows in items.items()}
+        found[f"bias on {where}"] = {**shares, "loss": last}
+        print(f"bias on {where:<28} {_line(shares)}  loss {last:.3f}", flush=True)
+    found["vectors in the residual stream"] = in_the_stream(model, items, given.steps)
     for wording, shares in asked.items():
-        print(f"wording {wording:<28} fit {100 * shares['fit']:5.1f} %  select {100 * shares['select']:5.1f} %")
+        print(f"wording {wording:<28} {_line(shares)}")
     files.write_json(
-        RESULTS, {"steps": given.steps, "bias": found, "wording": asked, "versions": runs.versions(), "n": {
+        RESULTS, {"steps": given.steps, "steered": found, "wording": asked, "versions": runs.versions(), "n": {
             split: len(rows) for split, rows in items.items()}},
     )  # fmt: skip
     print(f"written to {RESULTS}")

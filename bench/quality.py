@@ -32,9 +32,9 @@ START, END = "<!-- tables: written by bench/quality.py -->", "<!-- end of tables
 def ablations() -> list[Any]:
     """Methods that differ from masc-labels-matched or from direct in one thing each (labels: in span and keep too).
 
-    gated: also behind the gate, for what the gate does by itself.
+    gated: also behind the gate, for what the gate does by itself; masc-published, too, with all its own settings.
     """
-    from moesteer.detection import direct, masc
+    from moesteer.detection import direct, masc, masc_published
     from moesteer.detection.method import Method
 
     def of(base: Method, name: str, *, gated: bool = False, **preset: Any) -> Method:
@@ -54,6 +54,7 @@ def ablations() -> list[Any]:
         of(masc.METHOD, "layers-first-half", layers=(0, 1, 2)),
         of(masc.METHOD, "layers-last-half", layers=(3, 4, 5)),
     ]
+    found.append(replace(masc_published.METHOD, name="masc-published-as-is", gated=True, gated_alphas=(0.5, 1.0, 1.5)))
     for base in (masc.METHOD, direct.METHOD):
         found += [of(base, f"conversations-{n}", conversations=n) for n in (8, 32)]
     found += [
@@ -78,7 +79,8 @@ def run_one(scenario: str, seed: int, *, kind: str, folder: Path, limit: int | N
     torch.set_num_threads(1)
     show.quiet_transformers()
     if kind == "ablations":
-        steer(MODEL, scenario=scenario, out=folder, methods=ablations(), controls=(), seed=seed, limit=limit)
+        steer(MODEL, scenario=scenario, out=folder, methods=ablations(), controls=tuple(CONTROLS),
+              controls_of="direct-surrogate-none+gate", seed=seed, limit=limit)  # fmt: skip
         return
     few = ("risk-difference", "masc", "direct", RESIDUAL)
     names = few if kind == "reversed" else (*methods(), RESIDUAL)
@@ -162,8 +164,9 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=DOCS, help="where results.json and results.md are")
     parser.add_argument("--run", nargs=3, metavar=("KIND", "SCENARIO", "SEED"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.limit is not None and given.docs == DOCS and not given.run:
-        parser.error("--limit needs --docs: its tables must not replace those in docs/")
+    partial = given.limit is not None or given.only
+    if partial and given.docs == DOCS and not given.run:
+        parser.error("--limit and --only need --docs: a part must not replace the tables in docs/")
     if given.run:
         kind, scenario, seed = given.run
         run_one(scenario, int(seed), kind=kind, folder=place(given.root, scenario, int(seed), kind), limit=given.limit)
@@ -183,6 +186,8 @@ def main() -> None:
         if names:
             found = [pooled(given.root, name, given.seeds, kind) for name in names]
             command = f"python bench/quality.py --kinds {kind} --seeds {' '.join(map(str, given.seeds))}"
+            command += f" --only {' '.join(given.only)}" if given.only else ""
+            command += f" --limit {given.limit}" if given.limit is not None else ""
             tables[kind] = quality_table(found, command=command)
     write(tables, docs=given.docs)
     print(f"written to {given.docs / 'results.json'} and {given.docs / 'results.md'}")

@@ -28,6 +28,7 @@ _WHERE = {
     "capture": "moesteer.capturing",
     "TraceReader": "moesteer.trace",
     "detect": "moesteer.detecting",
+    "detect_with_facts": "moesteer.detecting",
     "SteeringMask": "moesteer.mask",
     "import_mask": "moesteer.importing",
     "steer": "moesteer.pipeline",
@@ -43,6 +44,7 @@ __all__ = [
     "adopt",
     "capture",
     "detect",
+    "detect_with_facts",
     "import_mask",
     "load",
     "read",
@@ -55,7 +57,7 @@ if TYPE_CHECKING:
     from moesteer.backends.loading import adopt, load
     from moesteer.capturing import capture
     from moesteer.conversations import Conversation, Message, read, write
-    from moesteer.detecting import detect
+    from moesteer.detecting import detect, detect_with_facts
     from moesteer.errors import MoesteerError
     from moesteer.importing import import_mask
     from moesteer.mask import SteeringMask

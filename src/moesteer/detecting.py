@@ -1,4 +1,4 @@
-"""`detect`: one call for every method, by name."""
+"""`detect`: one call for every method, by name; `detect_with_facts`: with what the method found out on the way."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesteer.conversations import Conversation, request_and_response
+from moesteer.detection.base import Detection
 from moesteer.detection.controls import CONTROLS
 from moesteer.detection.method import Material
 from moesteer.errors import InputError, TraceLabelError, UnknownNameError
@@ -29,6 +30,7 @@ def detect(
     model: Model | None = None,
     conversations: Sequence[Conversation] = (),
     like: SteeringMask | None = None,
+    state: Path | str | None = None,
 ) -> SteeringMask:
     """A steering mask from a trace, by method name.
 
@@ -36,8 +38,31 @@ def detect(
     settings (`moesteer methods` lists them). Methods through the model ("direct", "attribution", "causal") also need
     `model` and `conversations` with responses in `reference`: those labelled `toward` are made likely, the rest are
     kept as they are; the trace gives sigma. "masc" keeps sequences labelled "keep" as they are. Controls ("random",
-    "sign-flipped", "shuffled-layers") need `like`, the mask they are made from. Raises UnknownNameError,
-    TraceLabelError, InputError, NoEffectError.
+    "sign-flipped", "shuffled-layers") need `like`, the mask they are made from. state: a file in which a method that
+    takes long ("direct") keeps its unfinished work: the same call, made again after a kill, goes on from there, and
+    the file is removed at the end. Raises UnknownNameError, TraceLabelError, InputError, NoEffectError.
+    """
+    return detect_with_facts(
+        trace, method=method, toward=toward, settings=settings, seed=seed, model=model, conversations=conversations,
+        like=like, state=state,
+    ).mask  # fmt: skip
+
+
+def detect_with_facts(
+    trace: TraceReader | Path | str,
+    *,
+    method: str,
+    toward: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    model: Model | None = None,
+    conversations: Sequence[Conversation] = (),
+    like: SteeringMask | None = None,
+    state: Path | str | None = None,
+) -> Detection:
+    """As `detect`: the mask, the scores it was made from, and the method's facts (held-out accuracies, a warning...).
+
+    `files.plain` makes the facts JSON-ready.
     """
     given = dict(settings or {})
     seed = _seed(given.pop("seed", seed))
@@ -45,7 +70,7 @@ def detect(
     if method in CONTROLS:
         if like is None:
             raise _needs(method, "the mask to imitate", "give like=MASK (--like FILE)")
-        control = CONTROLS[method](like, seed=seed).mask
+        control = CONTROLS[method](like, seed=seed)
         if given:
             raise UnknownNameError(
                 f"{method} has no setting {', '.join(sorted(given))}",
@@ -68,8 +93,9 @@ def detect(
         raise _needs(method, "the model and conversations: it works through the model", "give --model and --data")
     material = Material(
         traces={chosen.contrast: reader}, toward=toward, seed=seed, model=model, targets=targets, keeps=keeps,
+        state=None if state is None else Path(state),
     )  # fmt: skip
-    return chosen.run(material, given).mask
+    return chosen.run(material, given)
 
 
 def _encoded(

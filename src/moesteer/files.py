@@ -15,10 +15,12 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from moesteer.errors import FileError, LimitError
 
@@ -289,3 +291,19 @@ def _no_folder(out: Path, what: str) -> FileError:
         expected="a new or empty folder outside the checkpoint, with room on the disk",
         do="choose another folder, or free some space",
     )
+
+
+def plain(value: Any) -> Any:
+    """JSON-ready: no tuples, no numpy; a number that is none (an accuracy of nothing held out) is null.
+
+    What JSON has no form for, which a method of another package may find out, is its text.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | None) else str(value)

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from moesteer.detection.choosing import forced_signs, strongest
+from moesteer.detection.choosing import strongest
 from moesteer.detection.counts import log_odds, risk_difference
 from moesteer.errors import DataError, InputError, UnknownNameError
 from moesteer.expert_table import Cells, read_cells
@@ -71,14 +71,17 @@ def import_mask(
 ) -> SteeringMask:
     """A mask of the `on` experts of highest positive score and the `off` experts of lowest negative score.
 
-    form "forced": switched on and off, at most top_k on and E - top_k off in a layer (a fuller layer passes its turn
-    on); "additive": strengths score / largest |score|, in units of sigma_L, which has to be given. reverse: the
-    sides of the table change roles. columns, layer_numbers, by: see `read_scores`. toward: what the mask, as it
-    comes out, should bring about. Raises DataError for a table that is not sound or has fewer experts than asked
-    for, InputError for settings that do not fit, FileError and LimitError.
+    form "forced": switched on and off, at most top_k on (none where top_k is 1) and E - top_k off in a layer, and
+    within expert groups what they can follow; a fuller layer passes its turn on. "additive": strengths score /
+    largest |score|, in units of sigma_L, which has to be given. reverse: the sides of the table change roles.
+    columns, layer_numbers, by: see `read_scores`. toward: what the mask, as it comes out, should bring about. Raises
+    DataError for a table that is not sound or has fewer experts than asked for, InputError for settings that do not
+    fit, FileError and LimitError.
     """
     path = Path(path)
     _check_settings(on=on, off=off, form=form, toward=toward)
+    if form == "forced" and on and fingerprint.top_k == 1:
+        raise _none_on(on, fingerprint)
     found = read_scores(path, fingerprint=fingerprint, by=by, columns=columns, layer_numbers=layer_numbers)
     score = -found.score_LE if reverse else found.score_LE
     settings = {
@@ -87,7 +90,9 @@ def import_mask(
     }  # fmt: skip
     info = MaskInfo(fingerprint=fingerprint, method="import", settings=settings, intent=Intent(toward=toward))
     if form == "forced":
-        force = forced_signs(score[None], on=on, off=off, top_k=fingerprint.top_k)[0]
+        from moesteer.detection.risk_difference import possible_forced  # it brings scipy along
+
+        force = possible_forced(score[None], fingerprint, on=on, off=off)[0]
         _check_found(force, on=on, off=off, where=str(path))
         return SteeringMask(info, force_LE=force)
     raised, lowered = (
@@ -342,6 +347,15 @@ def _check_settings(*, on: int, off: int, form: Form, toward: str) -> None:
             expected="the behaviour it should bring about, such as refuse",
             do="give --toward LABEL",
         )
+
+
+def _none_on(on: int, fingerprint: Fingerprint) -> InputError:
+    return InputError(
+        f"{on} experts are to be switched on in top-1 routers",
+        where=f"import for a {fingerprint.model_type} ({fingerprint.scoring})",
+        expected="none switched on: a top-1 router has one place, and every token would take this expert in it",
+        do="switch others off (--off), or import --form additive, which leaves the choice to the token",
+    )
 
 
 def _check_found(chosen_LE: NDArray[Any], *, on: int, off: int, where: str) -> None:

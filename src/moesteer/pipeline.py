@@ -39,7 +39,7 @@ from moesteer.evaluate import run as evaluation
 from moesteer.mask import SteeringMask
 from moesteer.methods import DEFAULT, RESIDUAL, check_name, method, settings_for
 from moesteer.models.limits import require_possible
-from moesteer.results import NULL, Played, plain, results_of
+from moesteer.results import NULL, Played, results_of
 from moesteer.scenario import Scenario
 from moesteer.select import BASE, Candidate, Scored, accepted, applied, at_strengths, choose, score
 
@@ -270,7 +270,7 @@ class _Steering:
         begun = time.monotonic()
         found = make()
         seconds = self.detect_seconds[name] = round(time.monotonic() - begun, 2)
-        self.facts[name] = [plain({**one.facts, "settings": one.mask.info.settings}) for one in found]
+        self.facts[name] = [files.plain({**one.facts, "settings": one.mask.info.settings}) for one in found]
         names = [f"{name}-{number:02d}.safetensors" for number in range(len(found))]
         for file, one in zip(names, found, strict=True):
             one.mask.save(folder / file)
@@ -309,7 +309,7 @@ class _Steering:
             except (NoEffectError, EmptyDataError) as error:
                 self._fails("gate", error)
                 return {}
-        self.facts["gate"] = plain(fitted.facts())
+        self.facts["gate"] = files.plain(fitted.facts())
         found: list[Candidate] = []
         seconds = time.monotonic() - begun
         for one in gated:

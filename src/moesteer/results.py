@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moesteer import runs
+from moesteer import files, runs
 from moesteer import scenario as scenarios
 from moesteer.backends.hf import Model
 from moesteer.evaluate import run as evaluation
@@ -86,7 +86,7 @@ def results_of(
         "trade_off": [_trade_off(one, chosen) for one in everything],
         "recommended": best,
         "failed": dict(failed),
-        "facts": plain(dict(facts)),
+        "facts": files.plain(dict(facts)),
         "receipts": {name: found.receipt for name, found in played.items() if found.receipt is not None},
         "checks": _checks(scenario, played, best),
         "seconds": dict(seconds),
@@ -191,12 +191,3 @@ def _split_facts(data: evaluation.Splits) -> dict[str, dict[str, Any]]:
                 "tactics": sorted({row.tactic for row in rows if row.tactic}),
             }
     return facts
-
-
-def plain(value: Any) -> Any:
-    """JSON-ready: NaN (an accuracy of nothing held out) becomes null."""
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-    return None if isinstance(value, float) and value != value else value

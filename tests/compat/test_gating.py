@@ -7,6 +7,8 @@ gate, or with none. Docs: docs/gate.md.
 from __future__ import annotations
 
 import functools
+import itertools
+import random
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +25,7 @@ from moesteer.backends.hf import Encoded, Generation, Model
 from moesteer.backends.loading import load
 from moesteer.conversations import Message
 from moesteer.errors import InputError, NanLogitsError, NoEffectError
-from moesteer.gate import POOLS, GateInfo, GateRate, Pool
+from moesteer.gate import POOLS, GateInfo, GateRate, Pool, PooledSum
 from moesteer.mask import SteeringMask
 from moesteer.models.check import Recorded
 from moesteer.models.steering import MaskTables, Receipt
@@ -190,19 +192,39 @@ def test_the_gate_sees_the_unsteered_model(kind: str, model_of: ModelOf) -> None
         np.testing.assert_array_equal(found[pool], wanted[pool])
 
 
-def test_sums_of_chunks_make_the_mean(model_of: ModelOf) -> None:
-    """What docs/gate.md says of chunked prefill: each chunk adds to the sum, whatever the KV cache holds before it."""
-    model = model_of("mixtral")
-    one = encoded(model)[2]
-    recorded, cache = [], None
-    for chunk in (one.token_ids[:7], one.token_ids[7:12], one.token_ids[12:]):
+def in_chunks(model: Model, one: Encoded, pool: Pool, borders: Sequence[int]) -> NDArray[np.float64]:
+    """The pooled logits of a prompt that is read in chunks, each over the KV cache of those before."""
+    end, turn = one.spans["prompt"][1], one.spans["final_turn"][0]
+    pooled, cache = PooledSum(pool, prompt=end, final_turn=turn), None
+    for start, stop in itertools.pairwise(sorted({0, *borders, end})):
         part = Recorded()
         with torch.inference_mode(), model.tap.record(part):
-            cache = model.hf(input_ids=torch.tensor([chunk]), past_key_values=cache, use_cache=True).past_key_values
-        recorded.append(torch.stack([part.logits_by_router[r.index] for r in model.routers], dim=1))
-    total = sum(part.double().sum(0).numpy() for part in recorded) / len(one.token_ids)
-    found = pooled_logits(model, [one], ("prompt",))["prompt"][0]
-    np.testing.assert_allclose(found, total, rtol=1e-5, atol=1e-5)
+            ids = torch.tensor([one.token_ids[start:stop]])
+            cache = model.hf(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
+        logits = [part.logits_by_router[r.index][:, : r.experts] for r in model.routers]
+        pooled.add(torch.stack(logits, dim=1).numpy(), start=start)
+    return pooled.mean()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "inkling_text", "gpt_oss"])
+@pytest.mark.parametrize("pool", POOLS)
+def test_sums_of_chunks_make_the_mean_and_decide_alike(name: str, pool: Pool, model_of: ModelOf) -> None:
+    """What docs/gate.md says of chunked prefill: wherever the borders are, the decision is that of whole prompts."""
+    model = model_of(name)
+    gated = sometimes(model, additive(model, 3), pool=pool)
+    info, weights = gated.info.gate, gated.gate_LE
+    assert info is not None and weights is not None
+    whole = pooled_logits(model, encoded(model), (pool,))[pool]
+    decided = decide(model, encoded(model), [gated])[:, 0].tolist()
+    assert sum(decided) == 2
+    draw = random.Random(0)
+    for number, one in enumerate(encoded(model)):
+        end, turn = one.spans["prompt"][1], one.spans["final_turn"][0]
+        cases = [(), (turn,), (turn + 1,), (turn - 1, end - 1), *(draw.sample(range(1, end), 3) for _ in range(2))]
+        for borders in cases:
+            found = in_chunks(model, one, pool, borders)
+            np.testing.assert_allclose(found, whole[number], rtol=1e-5, atol=1e-5)
+            assert bool(gate.fires(weights, info, found[None])[0]) == decided[number]
 
 
 # ---------------------------------------------------------------- who is steered
@@ -488,14 +510,16 @@ def test_tables_start_with_nobody_steered_behind_a_gate(model_of: ModelOf) -> No
 # ---------------------------------------------------------------- the page
 
 
-def test_the_program_on_the_page_runs(
+def test_the_programs_on_the_page_run(
     lab_tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    programs = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     additive(lab_tiny, 1).save(tmp_path / "mask.safetensors")
     found: dict[str, object] = {}
-    exec(program, found)
+    for program in programs:  # the second goes on from the first
+        exec(program, found)
+    assert len(programs) == 2 and isinstance(found["steered"], bool)
     printed = capsys.readouterr().out
     assert re.search(r"the gate fired on [01] of 1 requests", printed)
     mask = SteeringMask.load(tmp_path / "gated.safetensors")

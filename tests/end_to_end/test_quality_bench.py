@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
-from moesteer import files
+from moesteer import files, pipeline
+from moesteer.detection.controls import CONTROLS
 from moesteer.evaluate.pooled import pool
 from moesteer.evaluate.quality_table import quality_table
 from tests.unit.seeds_made_by_hand import SCENARIO, runs
@@ -30,11 +33,39 @@ def test_every_ablation_changes_settings_that_its_method_has(bench: ModuleType) 
     found = bench.ablations()
     names = [method.name for method in found]
     assert len(set(names)) == len(names) >= 15
+    bases = [bench_method(name) for name in ("masc", "direct", "masc-published")]
     for method in found:
-        base = next(known for known in (bench_method(n) for n in ("masc", "direct")) if known.detect is method.detect)
+        base = next(known for known in bases if known.detect is method.detect)
         base.check_settings(method.preset, where=method.name)
     for subject in ("labels", "surrogate", "start", "sparsity", "conversations", "layers"):
         assert any(f"-{subject}-" in name for name in names), f"no ablation of {subject}"
+
+
+GATED = {"masc-labels-published", "masc-labels-matched", "masc-published-as-is", "direct-surrogate-none"}
+"""What must also run behind the gate, for what the gate does by itself."""
+
+
+def test_the_gate_is_an_ablation_of_the_best_and_of_the_published(bench: ModuleType) -> None:
+    gated = {method.name: method for method in bench.ablations() if method.gated}
+    assert set(gated) >= GATED
+    for name, method in gated.items():
+        assert method.gated_alphas and all(alpha > 0 for alpha in method.gated_alphas), name
+
+
+def test_a_run_of_the_ablations_switches_the_gate_on(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = inspect.signature(pipeline.steer).parameters["gate"].default
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    monkeypatch.setattr("moesteer.pipeline.steer", lambda *args, **options: calls.append((args, options)))
+    bench.run_one(bench.ABLATED, 2, kind="ablations", folder=tmp_path / "run", limit=8)
+    ((args, options),) = calls
+    assert args == (bench.MODEL,) and options.get("gate", default) is True
+    assert [method.name for method in options["methods"]] == [method.name for method in bench.ablations()]
+    assert (options["scenario"], options["seed"], options["limit"]) == (bench.ABLATED, 2, 8)
+    assert options["controls_of"].removesuffix(pipeline.GATE) in GATED
+    assert options["controls_of"].endswith(pipeline.GATE), "controls are made from a mask behind the gate"
+    assert set(options["controls"]) == set(CONTROLS)
 
 
 def bench_method(name: str):  # type: ignore[no-untyped-def]

@@ -17,7 +17,7 @@ from moesteer.cli import show
 from moesteer.cli.main import app
 from moesteer.cli.steer import named_methods
 from moesteer.detection import masc
-from moesteer.detection.base import rows_of_layers
+from moesteer.detection.base import checked_layers, rows_of_layers
 from moesteer.detection.controls import CONTROLS
 from moesteer.detection.method import Method
 from moesteer.errors import InputError, ScenarioError, UnknownNameError
@@ -204,13 +204,41 @@ def test_masc_leaves_out_sequences_without_a_label(tmp_path):
     assert sorted(found.data.labels_N.tolist()) == [0] * 3 + [1] * 3 + [2] * 3
 
 
-@pytest.mark.parametrize("layers", [3, "3", ["1"], [1.0], [True], 1.5])
+@pytest.mark.parametrize(
+    "layers",
+    [3, "3", ["1"], [1.0], [True], 1.5, b"\x01", {1: "one"}, {1: 1}.keys(), iter([1]), [[1]], [None], {True},
+     np.array(1), np.array([[1]]), np.array([1.0]), np.array([True]), [np.array(1)], np.array(["1"]), [1, "1"]],
+)  # fmt: skip
 def test_layers_are_a_list_of_whole_numbers(trace, layers):
-    with pytest.raises(InputError, match="the setting layers is no list of whole numbers"):
+    with pytest.raises(InputError, match="the setting layers is no list of whole numbers") as caught:
         rows_of_layers(trace.fingerprint, layers)
-    known = trace.fingerprint.layer_ids
-    assert rows_of_layers(trace.fingerprint, (known[0],)).sum() == 1
-    assert rows_of_layers(trace.fingerprint, range(known[0], known[0] + 1)).sum() == 1
+    assert caught.value.where == f"the setting layers: {layers!r}" and "[3]" in caught.value.do
+    with pytest.raises(InputError, match="the setting layers is no list of whole numbers"):
+        checked_layers(trace.fingerprint, layers)
+
+
+def test_a_generator_of_layers_is_not_used_up(trace):
+    layers = (one for one in [1])
+    with pytest.raises(InputError, match="no list of whole numbers"):
+        rows_of_layers(trace.fingerprint, layers)
+    assert list(layers) == [1]
+
+
+@pytest.mark.parametrize("layers", [[2, 0], (0, 2, 2), range(0, 3, 2), {0, 2}, frozenset({2, 0}), np.array([2, 0]),
+                                    np.array([0, 2], np.uint8), [np.int64(2), np.int32(0)]])  # fmt: skip
+def test_layers_of_every_kind_are_stored_alike(trace, layers):
+    found = checked_layers(trace.fingerprint, layers)
+    assert found == [0, 2] and all(type(one) is int for one in found)
+    assert rows_of_layers(trace.fingerprint, layers).tolist() == [True, False, True]
+    assert checked_layers(trace.fingerprint, None) is None and rows_of_layers(trace.fingerprint, None).all()
+
+
+@pytest.mark.parametrize("layers, said", [([], "no layer is left"), (np.array([], int), "no layer is left"),
+                                          ({7, 1}, "no layers 7"), (np.array([-1]), "no layers -1")])  # fmt: skip
+def test_layers_are_some_of_the_models(trace, layers, said):
+    with pytest.raises(InputError, match=said) as caught:
+        checked_layers(trace.fingerprint, layers)
+    assert caught.value.expected == "decoder layers with a router: 0, 1, 2"
 
 
 # ---------------------------------------------------------------- strengths

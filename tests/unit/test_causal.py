@@ -141,6 +141,8 @@ def test_layers_are_decoder_layers_and_the_others_are_left_alone(model_of):
     np.testing.assert_allclose(last.scores_LE[1], every.scores_LE[1], atol=2e-6)
     assert not last.scores_LE[0].any() and every.scores_LE[0].any()
     assert last.mask.info.settings["layers"] == [2]
+    again = detect(model, layers=np.array([2]), **given)
+    assert again.mask.to_bytes() == last.mask.to_bytes()
     assert last.facts["rows"] == 2 * (1 + model.fingerprint.experts)
 
 

@@ -5,6 +5,7 @@ Legend: L layers, E experts, T response tokens, V vocabulary.
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -176,6 +177,9 @@ def test_only_the_layers_named_are_steered_and_so_many_conversations_used(model_
         strength(model, layers=[9])
     with pytest.raises(InputError, match="no list of whole numbers"):
         strength(model, layers=3)
+    masks = [detect(model, **given(model), **QUICK, layers=some).mask for some in ([1, 2], (2, 1, 1), np.array([2, 1]))]
+    assert [mask.info.settings["layers"] for mask in masks] == [[1, 2]] * 3
+    assert len({mask.to_bytes() for mask in masks}) == 1
     info = detect(model, **given(model), **QUICK, conversations=2).mask.info
     assert (info.settings["targets"], info.settings["keeps"], info.settings["conversations"]) == (2, 2, 2)
 
@@ -277,12 +281,40 @@ def test_layers_are_themselves_after_a_checkpointed_block(model_of):
 # ---------------------------------------------------------------- early ends
 
 
-def test_max_tokens_ends_early(model_of):
+class Reads:
+    """A model that counts the positions of every pass (rows x longest): those unsteered, and those for a step."""
+
+    def __init__(self, model):
+        self.model, self.fingerprint, self.hf, self.unsteered, self.steered = model, model.fingerprint, model.hf, 0, 0
+
+    def response_logits(self, sequences, *, bias_LE, **options):
+        positions = len(sequences) * max(len(one.token_ids) for one in sequences)
+        if bias_LE is None:
+            self.unsteered += positions
+        else:
+            self.steered += positions
+        return self.model.response_logits(sequences, bias_LE=bias_LE, **options)
+
+
+@pytest.mark.parametrize("teacher_bytes", [0, 10**9])
+def test_the_tokens_are_all_that_the_model_reads(model_of, monkeypatch, teacher_bytes):
+    """The unsteered passes over the keeps among them, whether they are made once or again in each step."""
+    monkeypatch.setattr(direct, "TEACHER_BYTES", teacher_bytes)
+    model = Reads(model_of("qwen3_moe"))
+    found = detect(model, **given(model.model), **QUICK, pass_positions=60)
+    assert found.facts["tokens"] == model.unsteered + model.steered
+    once = sum(len(one.token_ids) for one in given(model.model)["keeps"])
+    assert (model.unsteered > 3 * once) == (teacher_bytes == 0)
+
+
+@pytest.mark.parametrize("teacher_bytes", [0, 10**9])
+def test_max_tokens_ends_early(model_of, monkeypatch, teacher_bytes):
+    monkeypatch.setattr(direct, "TEACHER_BYTES", teacher_bytes)
     model = model_of("qwen3_moe")
     whole = detect(model, **given(model), **QUICK)
     assert (whole.facts["steps"], whole.facts["ended_by"]) == (8, "steps")
     cut = detect(model, **given(model), **QUICK, max_tokens=whole.facts["tokens"] // 2)
-    assert cut.facts["ended_by"] == "max_tokens" and cut.facts["steps"] in (4, 5)
+    assert cut.facts["ended_by"] == "max_tokens" and cut.facts["steps"] in (3, 4, 5)
     assert cut.facts["tokens"] >= whole.facts["tokens"] // 2
     ample = detect(model, **given(model), **QUICK, max_tokens=10**9)
     np.testing.assert_array_equal(ample.mask.strength_LE, whole.mask.strength_LE)
@@ -290,12 +322,34 @@ def test_max_tokens_ends_early(model_of):
     assert (exact.facts["steps"], exact.facts["ended_by"]) == (8, "steps")
 
 
+def test_the_pass_over_the_keeps_leaves_that_much_less_for_the_steps(model_of):
+    """Many keeps: the bound is passed by less than a step, and the learning rate has fallen by then."""
+    model = Reads(model_of("qwen3_moe"))
+    options = {**given(model.model, keeps=40), **QUICK}
+    detect(model, **{**options, "steps": 1})
+    first, step, bound = model.unsteered, model.steered, model.unsteered + 3 * model.steered // 2
+    assert first > 3 * step
+    found = detect(model.model, **options, max_tokens=bound)
+    assert found.facts["ended_by"] == "max_tokens" and found.facts["steps"] in (2, 3)
+    assert bound <= found.facts["tokens"] < bound + 1.5 * step
+
+
+def test_one_step_is_made_whatever_the_bounds(model_of):
+    """The pass over the keeps alone is more than they allow; the one step is a whole one."""
+    model = model_of("qwen3_moe")
+    one = detect(model, **given(model), **{**QUICK, "steps": 1})
+    for bound in ("max_tokens", "max_seconds"):
+        found = detect(model, **given(model), **QUICK, **{bound: 1e-6})
+        assert (found.facts["steps"], found.facts["ended_by"]) == (1, bound)
+        np.testing.assert_array_equal(found.mask.strength_LE, one.mask.strength_LE)
+
+
 def test_max_seconds_ends_early(model_of, monkeypatch):
-    """By a clock of its own: each step takes 3 s, two of which fit into 5."""
+    """By a clock of its own: the pass over the keeps takes 3 s, and each step, two of which fit into the other 5."""
     model, clock = model_of("qwen3_moe"), iter(range(0, 10**6, 3))
     monkeypatch.setattr(direct, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    found = detect(model, **given(model), **QUICK, max_seconds=5)
-    assert (found.facts["steps"], found.facts["ended_by"], found.facts["seconds"]) == (2, "max_seconds", 6)
+    found = detect(model, **given(model), **QUICK, max_seconds=8)
+    assert (found.facts["steps"], found.facts["ended_by"], found.facts["seconds"]) == (2, "max_seconds", 9)
 
 
 def test_the_learning_rate_has_fallen_by_an_early_end(model_of):
@@ -380,18 +434,93 @@ def bare(metadata):
 
 
 @pytest.mark.parametrize(
-    "data",
-    [
-        b"", b"\x00" * 7, b"garbage" * 50, (1 << 60).to_bytes(8, "little"), b"\x02" + b"\x00" * 7 + b"[]",
-        bare({}), bare({"direct": "[]"}), bare({"direct": "null"}), bare({"direct": '{"plan": 1}'}), bare("text"),
-        bare({"direct": "[" * 5000}),
-    ],
-)  # fmt: skip
-def test_a_file_of_something_else_makes_it_start_anew(halted, data):
+    "data", [bare({"direct": some}) for some in ("[]", "null", '"text"', '{"plan": 1}', '{"sha256": 1}', "[" * 5000)]
+)
+def test_a_state_of_something_else_makes_it_start_anew(halted, data):
     model, state, expected, calls = halted
     state.write_bytes(data)
     found, more = gone_on(model, state)
     assert (found.mask.to_bytes(), more) == (expected, calls)
+
+
+@pytest.mark.parametrize("said", ['\\"tokens\\": ', '\\"before_s\\": 0.', '\\"losses\\": [['])
+def test_a_number_that_was_changed_makes_it_start_anew(halted, said):
+    """The digest is of all that the state holds, not of its tensors alone."""
+    model, state, expected, calls = halted
+    data = bytearray(state.read_bytes())
+    place = data.index(said.encode()) + len(said)
+    data[place] = ord("1") + (data[place] - ord("0")) % 9
+    state.write_bytes(data)
+    found, more = gone_on(model, state)
+    assert (found.mask.to_bytes(), more, found.facts["tokens"] < 10**4) == (expected, calls, True)
+
+
+def mask_file():
+    header = files.dumps({"__metadata__": {"moesteer": files.dumps({"method": "direct"})}, "direct": {}}, indent=None)
+    return len(header).to_bytes(8, "little") + header.encode()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"\x00" * 7, b"garbage" * 50, (1 << 60).to_bytes(8, "little"), b"\x02" + b"\x00" * 7 + b"[]", bare({}),
+        bare("text"), bare({"other": "direct"}), b"my own words about \"direct\"", mask_file(),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_none_of_ours_is_left_as_it_is(model_of, tmp_path, monkeypatch, data):
+    monkeypatch.setattr(direct, "SAVE_EVERY_S", -1.0)
+    model, precious = Fails(model_of("gpt_oss")), tmp_path / "precious.txt"
+    precious.write_bytes(data)
+    with pytest.raises(InputError, match="none of direct's") as caught:
+        detect(model, **given(model.model), **QUICK, state=precious)
+    assert str(precious) in caught.value.where and caught.value.expected and caught.value.do
+    assert precious.read_bytes() == data and model.calls == 0
+    assert [one.name for one in tmp_path.iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to nothing", "link to a folder"])
+def test_a_state_that_is_no_file_is_refused_and_left_as_it_is(model_of, tmp_path, kind):
+    model, place = Fails(model_of("gpt_oss")), tmp_path / "place"
+    if kind == "folder":
+        place.mkdir()
+        (place / "kept").write_text("kept")
+    elif kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to(tmp_path / "nothing" if kind == "link to nothing" else tmp_path)
+    with pytest.raises(InputError, match="it is no regular file"):
+        detect(model, **given(model.model), **QUICK, state=place)
+    assert os.path.lexists(place) and model.calls == 0
+    assert kind != "folder" or (place / "kept").read_text() == "kept"
+
+
+def test_a_state_may_be_named_by_a_text(halted):
+    model, state, expected, _ = halted
+    found = detect(model, **given(model), **QUICK, data_sha256="d" * 64, state=str(state))
+    assert found.mask.to_bytes() == expected and not state.exists()
+
+
+@pytest.mark.parametrize("teacher_bytes", [0, 10**9])
+def test_a_run_with_max_tokens_goes_on_to_the_same_bytes(model_of, tmp_path, monkeypatch, teacher_bytes):
+    """What was read before the kill counts, and the first pass over the keeps counts once: the same rates, and end."""
+    monkeypatch.setattr(direct, "SAVE_EVERY_S", -1.0)
+    monkeypatch.setattr(direct, "TEACHER_BYTES", teacher_bytes)
+    model, state = model_of("gpt_oss"), tmp_path / "direct.state"
+    most = 2 * detect(model, **given(model), **QUICK).facts["tokens"] // 3
+    options = {**given(model), **QUICK, "pass_positions": 50, "max_tokens": most}
+    whole = Fails(model)
+    expected = detect(whole, **options)
+    assert expected.facts["ended_by"] == "max_tokens" and 3 < expected.facts["steps"] < 8
+    for at in (whole.calls // 2, whole.calls - whole.calls // 3):
+        with pytest.raises(KeyboardInterrupt):
+            detect(Fails(model, at=at), **options, state=state)
+    assert state.exists()
+    last = Fails(model)
+    found = detect(last, **options, state=state)
+    assert last.calls < whole.calls and not state.exists()
+    assert found.mask.to_bytes() == expected.mask.to_bytes()
+    names = ("steps", "tokens", "ended_by", "loss_first", "loss_last")
+    assert [found.facts[name] for name in names] == [expected.facts[name] for name in names]
 
 
 def test_a_torn_state_makes_it_start_anew(halted):
@@ -475,6 +604,9 @@ def test_the_mask_says_how_it_was_made_and_the_same_seed_gives_the_same_bytes(mo
     again = detect(model, **given(model), **QUICK, data_sha256="d" * 64)
     assert again.mask.to_bytes() == found.mask.to_bytes()
     assert detect(model, **given(model), **QUICK, seed=1).mask.to_bytes() != found.mask.to_bytes()
+    numbers = {name: np.float32(v) if name == "l1" else np.int64(v) for name, v in QUICK.items()}
+    settings = detect(model, **given(model), **numbers, seed=np.int64(0), data_sha256="d" * 64).mask.info.settings
+    assert settings == {**info.settings, "l1": float(np.float32(QUICK["l1"]))}
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])

@@ -5,6 +5,7 @@ Legend: N requests of the target, M protected ones, L layers, E experts.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -18,8 +19,8 @@ from moesteer import gate
 from moesteer.detection import gate as probing
 from moesteer.detection.gate import Probe, Side
 from moesteer.detection.logistic import logistic
-from moesteer.errors import EmptyDataError, InputError, NoEffectError
-from moesteer.gate import POOLS, GateInfo, GateRate
+from moesteer.errors import EmptyDataError, InputError, NanLogitsError, NoEffectError, UnknownNameError
+from moesteer.gate import POOLS, GateInfo, GateRate, PooledSum
 from tests.unit.test_mask import additive, forced
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -102,6 +103,129 @@ def test_a_description_out_of_bounds_is_refused(change):
 def test_a_rate_out_of_bounds_is_refused(change):
     with pytest.raises(ValidationError):
         rate(**change)
+
+
+# ---------------------------------------------------------------- sums of chunks
+
+
+def logits_of(prompt, *, seed=0, layers=3, experts=4):
+    return np.random.default_rng(seed).normal(size=(prompt, layers, experts)).astype(np.float32)
+
+
+def at_once(pool, logits, final_turn):
+    """The mean by the definition, from all positions; final_turn: where it begins."""
+    starts = {"last": len(logits) - 1, "final_turn": final_turn or 0, "prompt": 0}
+    return np.concatenate([logits[starts[part] :].astype(np.float64).mean(axis=0) for part in pool.split("+")])
+
+
+def summed(pool, logits, final_turn, borders=()):
+    """PooledSum's mean, the logits given in chunks that end at the borders."""
+    found = PooledSum(pool, prompt=len(logits), final_turn=final_turn)
+    for start, end in itertools.pairwise(sorted({0, *borders, len(logits)})):
+        found.add(logits[start:end], start=start)
+    return found.mean()
+
+
+@PROPERTY
+@given(st.sampled_from(POOLS), st.integers(1, 20), st.data())
+def test_chunks_add_up_to_the_mean_wherever_their_borders_are(pool, prompt, data):
+    logits = logits_of(prompt, seed=prompt)
+    final_turn = data.draw(st.none() | st.integers(0, prompt - 1))
+    turn = final_turn or 0
+    borders = data.draw(st.sets(st.integers(0, prompt) | st.sampled_from([turn, min(turn + 1, prompt), prompt - 1])))
+    found = summed(pool, logits, final_turn, borders)
+    np.testing.assert_allclose(found, at_once(pool, logits, final_turn), rtol=1e-6, atol=1e-6)
+    assert found.dtype == np.float64 and found.shape == (3 * len(gate.parts(pool)), 4)
+    np.testing.assert_allclose(found, summed(pool, logits, final_turn, range(prompt)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_chunks_decide_as_the_mean_does(pool):
+    rng = np.random.default_rng(1)
+    weights = rng.normal(size=(3 * len(gate.parts(pool)), 4)).astype(np.float32)
+    told = info(pool=pool, bias=0.0)
+    fired = []
+    for seed in range(40):
+        logits, turn = logits_of(9, seed=seed), int(rng.integers(9))
+        found = summed(pool, logits, turn, rng.integers(0, 9, size=3))
+        fired.append(bool(gate.fires(weights, told, found[None])[0]))
+        assert fired[-1] == bool(gate.fires(weights, told, at_once(pool, logits, turn)[None])[0])
+    assert 5 < sum(fired) < 35
+
+
+def test_half_precision_chunks_are_summed_in_float64():
+    logits = np.full((70_000, 1, 1), 0.1, np.float16)
+    assert summed("prompt", logits, None, [30_000])[0, 0] == pytest.approx(float(np.float16(0.1)), rel=1e-12)
+
+
+CHUNKS = {
+    "a gap": (((0, 3), (4, 9)), "positions 4 to 9 skips some", "3 of 9 positions read"),
+    "not from the start": (((1, 9),), "positions 1 to 9 skips some", "0 of 9 positions read"),
+    "a position twice": (((0, 3), (2, 9)), "positions 2 to 9 repeats some", "3 of 9"),
+    "the same chunk again": (((0, 3), (0, 3)), "positions 0 to 3 repeats some", "3 of 9"),
+    "the reply": (((0, 9), (9, 10)), "positions 9 to 10 ends beyond the prompt", "9 of 9"),
+    "prompt and reply": (((0, 5), (5, 10)), "positions 5 to 10 ends beyond the prompt", "5 of 9"),
+}
+
+
+@pytest.mark.parametrize(("chunks", "what", "where"), CHUNKS.values(), ids=CHUNKS)
+def test_positions_out_of_turn_are_refused_and_count_for_nothing(chunks, what, where):
+    logits = logits_of(10)
+    found = PooledSum("last+final_turn", prompt=9, final_turn=4)
+    for start, end in chunks[:-1]:
+        found.add(logits[start:end], start=start)
+    before = found.read
+    with pytest.raises(InputError, match=what) as caught:
+        found.add(logits[slice(*chunks[-1])], start=chunks[-1][0])
+    assert where in caught.value.where and f"next from {before}" in caught.value.expected and caught.value.do
+    if before < 9:
+        found.add(logits[before:9], start=before)
+    np.testing.assert_allclose(found.mean(), at_once("last+final_turn", logits[:9], 4), atol=1e-12)
+
+
+@pytest.mark.parametrize("read", [0, 1, 8])
+def test_there_is_no_mean_before_the_prompts_end(read):
+    found, logits = PooledSum("final_turn", prompt=9, final_turn=4), logits_of(9)
+    if read:
+        found.add(logits[:read], start=0)
+    with pytest.raises(InputError, match=f"{read} of the prompt's 9 positions are read") as caught:
+        found.mean()
+    assert "nothing is steered before" in caught.value.expected and "remaining chunks" in caught.value.do
+    found.add(logits[read:], start=read)
+    assert found.mean().shape == (3, 4)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_refused_wherever_they_stand(bad):
+    logits = logits_of(9)
+    logits[3, 2, 1] = bad
+    found = PooledSum("last", prompt=9)  # its mean would not see position 3
+    found.add(logits[:2], start=0)
+    with pytest.raises(NanLogitsError, match="no gate can decide") as caught:
+        found.add(logits[2:], start=2)
+    assert "position 3, row 2" in caught.value.where and found.read == 2
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 2, 4), (4, 12), ()], ids=str)
+def test_a_chunk_of_another_shape_is_refused(shape):
+    found = PooledSum("prompt", prompt=9)
+    found.add(logits_of(5), start=0)
+    with pytest.raises(InputError, match="a chunk of shape") as caught:
+        found.add(np.zeros(shape, np.float32), start=5)
+    assert "[P, L, E]" in caught.value.expected and found.read == 5
+
+
+@pytest.mark.parametrize(
+    ("prompt", "final_turn"), [(0, None), (-1, None), (0, 0), (9, 9), (9, -1), (9, 10)], ids=str
+)  # fmt: skip
+def test_a_final_turn_outside_the_prompt_is_refused(prompt, final_turn):
+    with pytest.raises(InputError, match="a final turn that begins at"):
+        PooledSum("final_turn", prompt=prompt, final_turn=final_turn)
+
+
+def test_an_unknown_pool_is_refused():
+    with pytest.raises(UnknownNameError, match="no pool 'first'"):
+        PooledSum("first", prompt=3)
 
 
 # ---------------------------------------------------------------- area under the curve

@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from moesteer import files
+from moesteer.cli.main import app
 from moesteer.errors import DataError, FileError, InputError, LimitError, MoesteerError, UnknownNameError
 from moesteer.importing import import_mask, made_for, read_scores
 from moesteer.mask import SteeringMask
@@ -410,6 +412,62 @@ def test_a_risk_difference_beyond_1_is_refused(path):
 ])  # fmt: skip
 def test_settings_that_do_not_fit_are_refused(tmp_path, settings, error, what):
     refused(write(tmp_path / "t.csv", rows(COUNTED)), error, what, **settings)
+
+
+# ---------------------------------------------------------------- what the model's routers can follow
+
+
+GROUPED = fingerprint(top_k=3, scoring="sigmoid k=3, renormalised, 2 of 4 groups by top2-sum")
+"""4 groups of 2, 2 kept, 3 selected: on in two groups at most, and one off of any two groups."""
+
+
+@pytest.mark.parametrize("asked", [{"on": 1, "off": 0}, {"on": 2, "off": 1}])
+def test_experts_on_in_top_1_routers_are_refused(tmp_path, asked):
+    path = write(tmp_path / "t.csv", rows(SCORED, ("layer", "expert", "score")))
+    top_1 = fingerprint(top_k=1, scoring="topk-sigmoid k=1")
+    error = refused(path, InputError, "are to be switched on in top-1 routers", fingerprint=top_1, **asked)
+    assert error.where == "import for a fake_moe (topk-sigmoid k=1)" and "--off" in error.do and "additive" in error.do
+    assert entries(take(path, fingerprint=top_1, on=0, off=2).force_LE) == {(1, 6): -1, (2, 7): -1}
+    assert take(path, fingerprint=top_1, form="additive", sigma_L=SIGMA, **asked).expert_count == sum(asked.values())
+
+
+def test_within_groups_what_cannot_be_followed_passes_its_turn_on(path):
+    write(path, rows([*((1, e, 9.0 - e) for e in range(8)), (3, 7, 0.5)], ("layer", "expert", "score")))
+    mask = take(path, fingerprint=GROUPED, on=4, off=0)
+    assert entries(mask.force_LE) == {(0, 0): 1, (0, 1): 1, (0, 2): 1, (1, 7): 1}  # layer 1 takes three
+    write(path, rows([(1, 0, 4.0), (1, 2, 3.0), (1, 4, 2.0), (1, 1, 1.0), (3, 0, -1.0), (3, 1, -0.5), (4, 7, -0.1)],
+                     ("layer", "expert", "score")))  # fmt: skip
+    mask = take(path, fingerprint=GROUPED, on=3, off=2)
+    assert entries(mask.force_LE) == {(0, 0): 1, (0, 2): 1, (0, 1): 1, (1, 0): -1, (2, 7): -1}
+    error = refused(path, DataError, "4 experts are to be switched on, and the table has 3", fingerprint=GROUPED, on=4)
+    assert "within what a layer can take" in error.expected
+    refused(path, DataError, "3 experts are to be switched off, and the table has 2", fingerprint=GROUPED, off=3)
+    ungrouped = fingerprint(top_k=3, scoring="somebody else's words")
+    assert take(path, fingerprint=ungrouped, on=3, off=3).expert_count == 6
+
+
+@pytest.mark.parametrize(("name", "on", "off"), [("deepseek_v3", 4, 1), ("llama4_text", 0, 6), ("mixtral", 4, 1)])
+def test_what_is_imported_can_be_applied(tmp_path, model_of, name, on, off):
+    model = model_of(name)
+    ids, numbers = model.fingerprint.layer_ids, np.random.default_rng(0).normal(size=(2, 8))
+    table = [(ids[row], expert, float(numbers[row, expert])) for row in (0, 1) for expert in range(8)]
+    path = write(tmp_path / "t.csv", rows(table, ("layer", "expert", "score")))
+    mask = take(path, fingerprint=model.fingerprint, on=on, off=off)
+    with mask.apply(model) as receipt:
+        model.chat("what is the capital of arvonia ?", max_new_tokens=2)
+    assert mask.expert_count == on + off and receipt.changed > 0
+
+
+def test_the_command_says_it_of_a_loaded_model_and_writes_nothing(tmp_path, folder_of):
+    path = write(tmp_path / "t.csv", rows([(1, 0, 1.0), (2, 0, -1.0)], ("layer", "expert", "score")))
+    command = [
+        "mask", "import", str(path), "--model", str(folder_of("llama4_text")), "--on", "1", "--toward", "refuse",
+        "--out", str(tmp_path / "m.safetensors"),
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, InputError), result.output
+    assert result.exception.what == "1 experts are to be switched on in top-1 routers"
+    assert "llama4_text (topk-sigmoid k=1)" in result.exception.where and not (tmp_path / "m.safetensors").exists()
 
 
 # ---------------------------------------------------------------- the model that a table is of

@@ -167,9 +167,20 @@ def test_the_warning_names_all_that_do_as_well():
     assert said is not None and "the number of tokens 99 %, the words alone 95 % on" in said
 
 
-def test_no_accuracy_is_no_warning():
+def test_an_accuracy_that_is_not_known_is_warned_of():
+    """Nothing compares with NaN: silence would read as a surrogate that was measured and is fine."""
     nothing = dict.fromkeys(("length_only", "bag_of_words", "majority"), math.nan)
-    assert warning(math.nan, nothing) is None and warning(0.9, nothing) is None
+    unknown = "nothing could be held out, so that the surrogate's accuracy is not known"
+    for plain in (nothing, dict.fromkeys(nothing, 0.5)):
+        assert warning(math.nan, plain) == as_facts(math.nan, plain)["warning"] == unknown
+    assert warning(0.9, nothing) == (
+        "the surrogate's 90 % has nothing to be compared with: "
+        "no classifier without routing could be fitted on the same split"
+    )
+    assert warning(0.9, {**nothing, "majority": 0.5}) is None
+
+
+def test_the_facts_are_both_accuracies_and_the_warning():
     assert as_facts(0.75, {"length_only": 0.5, "bag_of_words": 0.74, "majority": 0.5}) == {
         "surrogate_held_out_accuracy": 0.75, "length_only_accuracy": 0.5, "bag_of_words_accuracy": 0.74,
         "majority_accuracy": 0.5,

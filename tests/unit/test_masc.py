@@ -145,6 +145,76 @@ def test_lambdas_in_one_batch_are_each_lambda_alone(trace, start):
         assert one.facts["moved_to_wanted_class"] == pytest.approx(alone.facts["moved_to_wanted_class"], abs=0.03)
 
 
+def bytes_of(found, *, sequences, copies):
+    """A bound that so many sequences fit into, each so many times."""
+    _, tokens, layers, experts = found.data.logits_NTLE.shape
+    return 4 * tokens * layers * experts * sequences * copies
+
+
+@pytest.mark.parametrize("sequences", [1, 2.5, 7])
+def test_memory_decides_how_many_passes_a_step_takes_and_not_the_mask(trace, monkeypatch, sequences):
+    """So many sequences with three lambdas in a pass, or 2, 7 and 21 with one; 24 and 32 are asked for.
+
+    Sums round in another order, and Adam takes a rounded sign for a step: 0.02 of strengths of 1 to 2, as above.
+    """
+    lambdas = (0.3, 1.0, 3.0)
+    free = [detect(trace, toward="good", l1=l1, **QUICK) for l1 in lambdas]
+    found = read(trace, toward="good", keep=("keep",), span="final_turn")
+    copies = len(lambdas) * masc.PER_STEP
+    monkeypatch.setattr(surrogate, "PASS_BYTES", int(bytes_of(found, sequences=sequences, copies=copies)))
+    together = detect_grid(trace, [{"l1": l1} for l1 in lambdas], toward="good", **QUICK)
+    alone = [detect(trace, toward="good", l1=l1, **QUICK) for l1 in lambdas]
+    for one, two, three in zip(together, alone, free, strict=True):
+        np.testing.assert_allclose(one.mask.strength_LE, two.mask.strength_LE, atol=0.02)
+        np.testing.assert_allclose(one.mask.strength_LE, three.mask.strength_LE, atol=0.02)
+        assert one.mask.info.settings == two.mask.info.settings == three.mask.info.settings
+        assert one.facts["moved_to_wanted_class"] == pytest.approx(three.facts["moved_to_wanted_class"], abs=0.03)
+
+
+@pytest.mark.parametrize("kind", surrogate.KINDS)
+def test_the_gradient_of_the_passes_is_that_of_the_whole_part(trace, monkeypatch, kind):
+    """Passes of 1, 3 (with a rest of 2) and 11 sequences, weighed by their size; tolerance: sums of float32."""
+    found = read(trace, toward="good", keep=("keep",), span="final_turn")
+    stack, sigma = own_stack(found, kind=kind, surrogates=2), torch.from_numpy(trace.sigma_L)
+    part = torch.randperm(72, generator=torch.Generator().manual_seed(0))[:11]
+    begun = torch.randn((2, 3, 12), generator=torch.Generator().manual_seed(1))
+    gradients, passes = [], []
+    for sequences in (11, 3, 1):
+        monkeypatch.setattr(surrogate, "PASS_BYTES", bytes_of(found, sequences=sequences, copies=2 * masc.PER_STEP))
+        passes.append([len(some) for some in found.data.passes(part, copies=2 * masc.PER_STEP)])
+        matrix = begun.clone().requires_grad_(True)
+        masc._add_gradient(stack, found.data, part, sigma, matrix, weight=0.3)
+        gradients.append(matrix.grad)
+    assert passes == [[11], [3, 3, 3, 2], [1] * 11]
+    assert gradients[0].abs().max() > 1e-3
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("surrogates", [1, 4])
+def test_no_pass_holds_more_than_the_bound(trace, monkeypatch, surrogates):
+    """Logits times surrogates, in the optimisation and in what is measured after it; the fit is not among them."""
+    held = []
+
+    def watched(stack, logits, lengths):
+        count = len(stack.seeds) if stack._chosen is None else len(stack._chosen)
+        if not stack.head.requires_grad:
+            held.append(4 * logits.numel() * count)
+        return real(stack, logits, lengths)
+
+    real = surrogate.Stack.forward
+    monkeypatch.setattr(surrogate.Stack, "forward", watched)
+    found = read(trace, toward="good", keep=("keep",), span="final_turn")
+    bound = bytes_of(found, sequences=3, copies=4)
+    given = {"toward": "good", "steps": 2, "surrogates": surrogates}
+    detect_grid(trace, [{"l1": 0.3}, {"l1": 1.0}], **given)
+    assert max(held) > bound
+    held.clear()
+    monkeypatch.setattr(surrogate, "PASS_BYTES", bound)
+    detect_grid(trace, [{"l1": 0.3}, {"l1": 1.0}], **given)
+    assert 0 < max(held) <= bound
+
+
 def test_a_grid_leaves_out_the_lambdas_that_leave_nothing(trace):
     variants = [{"l1": 1e4}, {"l1": 1.0}, {"l1": 1e4, "surrogate_kind": "linear"}]
     found = detect_grid(trace, variants, toward="good", **QUICK)
@@ -314,6 +384,8 @@ def test_leans_are_what_the_traces_hold(trace):
 def test_moved_counts_what_is_put_into_the_wanted_class_and_no_other() -> None:
     class Stub:
         """Three unwanted sequences, two surrogates: wanted, keep, unwanted; and wanted, wanted, keep."""
+
+        seeds = (0, 1)
 
         def __call__(self, logits, lengths):  # type: ignore[no-untyped-def]
             return torch.zeros(2, len(lengths), 3)

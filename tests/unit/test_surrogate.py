@@ -247,6 +247,37 @@ def test_accuracy_is_a_share_in_batches_and_nan_of_nothing():
     assert np.isnan(accuracy(stack, data, [])).tolist() == [True, True]
 
 
+def test_parts_that_fit_make_up_what_was_chosen(monkeypatch):
+    """A sequence of 7 tokens, 3 layers and 5 experts is 420 bytes, whatever is shorter; one is the least."""
+    data, chosen = padded(), torch.tensor([3, 0, 2])
+    for copies, size, expected in [(1, 420 * 3, [3]), (1, 420 * 3 - 1, [2, 1]), (2, 420 * 3, [1, 1, 1]),
+                                   (2, 420 * 6, [3]), (5, 1, [1, 1, 1])]:  # fmt: skip
+        monkeypatch.setattr(surrogate, "PASS_BYTES", size)
+        parts = data.passes(chosen, copies=copies)
+        assert [len(part) for part in parts] == expected and torch.equal(torch.cat(parts), chosen)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_accuracy_in_several_passes_is_that_in_one(kind, monkeypatch):
+    data = planted(count=23)
+    stack = fit(kind, data, train=range(10), classes=2, seeds=[0, 1], epochs=2)
+    whole = accuracy(stack, data, range(23))
+    assert whole.min() > 0.5 and not np.array_equal(whole, np.ones(2))
+    seen, real = [], Stack.forward
+
+    def watched(stack, logits, lengths):
+        seen.append(4 * logits.numel() * 2)
+        return real(stack, logits, lengths)
+
+    monkeypatch.setattr(Stack, "forward", watched)
+    monkeypatch.setattr(surrogate, "PASS_BYTES", 4 * data.logits_NTLE[0].numel() * 2 * 5)
+    np.testing.assert_array_equal(accuracy(stack, data, range(23)), whole)
+    assert len(seen) == 5 and max(seen) <= surrogate.PASS_BYTES
+    seen.clear()
+    np.testing.assert_array_equal(accuracy(stack, data, range(23), batch=3), whole)
+    assert len(seen) == 8
+
+
 def test_a_fit_that_diverges_is_said():
     data = planted()
     data.logits_NTLE[5, 0, 0, 0] = torch.inf

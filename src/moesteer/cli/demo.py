@@ -29,7 +29,7 @@ def demo(
     # a part of what `moesteer steer` tries (of the published method 3 of 32 settings), so that it takes minutes
     plain = replace(method("risk-difference"), gated=False)
     published = replace(method("masc-published"), variants=({"l1": 1e-3},), alphas=(0.25, 0.5, 1.0))
-    direct = replace(method("direct"), gated_alphas=(0.35, 0.5))
+    direct = replace(method("direct"), gated_alphas=(0.5, 0.75))
     run_and_show(
         "lab-tiny", scenario="jailbreak-defense", out=out, methods=(plain, published, direct),
         seed=seed, fresh=fresh, json=json,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -15,6 +16,9 @@ from moesteer.errors import InputError, NoEffectError, TraceLabelError
 from moesteer.fingerprint import Fingerprint
 from moesteer.mask import Intent, MaskInfo, SteeringMask
 from moesteer.trace import TraceReader, TraceRow
+
+Layers = Sequence[int] | AbstractSet[int] | NDArray[np.integer[Any]]
+"""What names decoder layers; `checked_layers` says what of it is taken."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,28 +70,42 @@ def _non_empty(mask: SteeringMask) -> SteeringMask:
     return mask
 
 
-def rows_of_layers(fingerprint: Fingerprint, layers: Sequence[int] | None) -> NDArray[np.bool_]:
+def rows_of_layers(fingerprint: Fingerprint, layers: Layers | None) -> NDArray[np.bool_]:
     """[L] which rows of a mask belong to these decoder layers (None: all). Raises InputError for other ids."""
     known = fingerprint.layer_ids
+    named = checked_layers(fingerprint, layers)
+    return np.ones(len(known), dtype=bool) if named is None else np.isin(known, named)
+
+
+def checked_layers(fingerprint: Fingerprint, layers: Layers | None) -> list[int] | None:
+    """The decoder layers as a mask's settings hold them: ints in order, each once (None: all). Raises InputError.
+
+    A list, tuple, range, set or one-dimensional array of whole numbers is taken.
+    """
     if layers is None:
-        return np.ones(len(known), dtype=bool)
-    listed = isinstance(layers, Iterable) and not isinstance(layers, str)
-    if not listed or not all(isinstance(one, Integral) and not isinstance(one, bool) for one in layers):
+        return None
+    known = ", ".join(map(str, fingerprint.layer_ids))
+    listed = isinstance(layers, list | tuple | range | set | frozenset)
+    if isinstance(layers, np.ndarray):
+        listed = layers.ndim == 1
+    given = list(layers) if listed else []
+    if not listed or not all(isinstance(one, Integral) and not isinstance(one, bool) for one in given):
         raise InputError(
             "the setting layers is no list of whole numbers",
             where=f"the setting layers: {layers!r}",
-            expected=f"a list of decoder layers with a router: {', '.join(map(str, known))}",
+            expected=f"a list of decoder layers with a router: {known}",
             do="write it as a list, for example layers=[3], or leave it out",
         )
-    unknown = sorted(set(layers) - set(known))
-    if unknown or not layers:
+    named = sorted({int(one) for one in given})
+    unknown = [one for one in named if one not in fingerprint.layer_ids]
+    if unknown or not named:
         raise InputError(
             f"no layers {', '.join(map(str, unknown))}" if unknown else "no layer is left to steer",
             where=f"the setting layers: {layers!r}",
-            expected=f"decoder layers with a router: {', '.join(map(str, known))}",
+            expected=f"decoder layers with a router: {known}",
             do="correct the setting, or leave it out",
         )
-    return np.isin(known, list(layers))
+    return named
 
 
 def two_sides(rows: Iterable[TraceRow], *, toward: str, where: str) -> tuple[set[str], set[str]]:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moesteer.detection.base import Detection, rows_of_layers
+from moesteer.detection.base import Detection, checked_layers, rows_of_layers
 from moesteer.detection.method import Method
 from moesteer.detection.through_model import (
     EncodedResponse,
@@ -110,7 +110,7 @@ def detect(
     score_LE, facts = _scores(measure, used, kept, keep_weight)
     settings: dict[str, Any] = {
         **chosen_form.used(), "keep_weight": keep_weight,
-        "layers": None if layers is None else sorted(set(layers)), **counts,
+        "layers": checked_layers(model.fingerprint, layers), **counts,
         "seed": seed, "targets": len(used), "keeps": len(kept),
     }  # fmt: skip
     mask = mask_of(

@@ -9,16 +9,19 @@ makes zeros exact: a constant pull towards few experts, not the proximal step of
 
 Cost: `steps` forward and backward passes over `targets + keeps` sequences; a pass never holds more than
 `pass_positions` positions, with `checkpointing` it keeps only what enters each layer, and `max_tokens` and
-`max_seconds` end the optimisation early. A step's sequences depend on the seed and the step alone, so that a run
-that was killed goes on from its last saved step to the same mask, bit for bit (but for max_seconds).
+`max_seconds` end the optimisation early, but not before its first step. A step's sequences depend on the seed and
+the step alone, so that a run that was killed goes on from its last saved step to the same mask, bit for bit (but
+for max_seconds).
 """
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +34,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from moesteer import files
-from moesteer.detection.base import Detection, rows_of_layers
+from moesteer.detection.base import Detection, checked_layers, rows_of_layers
 from moesteer.detection.method import Method
 from moesteer.detection.through_model import EncodedResponse, number, require_responses, response_ids, whole
 from moesteer.errors import EmptyDataError, FileError, NanLogitsError, NoEffectError
@@ -42,6 +45,8 @@ from moesteer.progress import Progress
 TEACHER_BYTES = 512 * 1024 * 1024
 """Unsteered log-probabilities of protected text are kept in memory up to this size, and else recomputed."""
 SAVE_EVERY_S = 10.0
+OURS = re.compile(rb'.{8}\{\s*"__metadata__"\s*:\s*\{\s*"direct"\s*:', re.DOTALL)
+"""How a state file begins: safetensors writes its metadata first, and ours has this one key."""
 SMALLEST = 1e-6
 """A first gradient that is nowhere larger (nats a token for one sigma) is rounding, which Adam would magnify."""
 
@@ -74,7 +79,7 @@ class Settings:
     max_tokens: int | None
     max_seconds: float | None
     conversations: int | None
-    layers: tuple[int, ...] | None
+    layers: list[int] | None
     seed: int
 
     def check(self) -> None:
@@ -89,6 +94,11 @@ class Settings:
         for name in ("max_tokens", "max_seconds"):
             if getattr(self, name) is not None:
                 number("direct", name, getattr(self, name), above=True)
+
+    def plain(self) -> dict[str, Any]:
+        """By name, as JSON has them: numpy's numbers are Python's."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value.item() if isinstance(value, np.generic) else value for name, value in values}
 
 
 def detect(
@@ -122,16 +132,20 @@ def detect(
     units. pass_positions: most positions (sequences x padded length) in one forward and backward pass; a step is
     split into as many as it needs. checkpointing: compute inner results twice rather than keep them. max_tokens:
     positions read in all, max_seconds: time, after which the steps end early (and the learning rate has fallen by
-    then). conversations: at most so many to change and so many to keep, drawn by seed; layers: decoder layers that
-    may be steered (None: all of both). state: a file in which an unfinished optimisation is kept and gone on with.
-    Raises EmptyDataError, InputError, NanLogitsError, NoEffectError.
+    then); what the unsteered passes over the keeps take counts, and one step is made in any case. conversations: at
+    most so many to change and so many to keep, drawn by seed; layers: decoder layers that may be steered (None: all of
+    both). state: a file in which an unfinished optimisation is kept and gone on with; it is removed at the end.
+    Raises EmptyDataError, InputError (FileError: `state` is another file, which is left as it is), NanLogitsError,
+    NoEffectError.
     """
-    rows_of_layers(model.fingerprint, layers)  # says what is wrong with them before they are made a tuple
     settings = Settings(
         steps, targets_per_step, keeps_per_step, keep_weight, l1, learning_rate, response_tokens, pass_positions,
-        checkpointing, max_tokens, max_seconds, conversations, None if layers is None else tuple(layers), seed,
+        checkpointing, max_tokens, max_seconds, conversations, checked_layers(model.fingerprint, layers), seed,
     )  # fmt: skip
     settings.check()
+    if state is not None:
+        state = Path(state)
+        _require_ours(state)
     if not targets or not keeps:
         raise EmptyDataError(
             "direct needs both conversations to change and conversations to keep",
@@ -152,7 +166,7 @@ def detect(
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-    used = {**asdict(settings), "targets": len(targets), "keeps": len(keeps)}
+    used = {**settings.plain(), "targets": len(targets), "keeps": len(keeps)}
     if not found.any():
         raise NoEffectError(
             "direct ended with no entry: the pull of the L1 term won",
@@ -188,12 +202,15 @@ class _Optimisation:
         self.open_L = torch.from_numpy(rows_of_layers(model.fingerprint, settings.layers)).to(device)
         self.strength_LE = torch.zeros((len(sigma_L), model.fingerprint.experts), device=device, requires_grad=True)
         self.optimizer = torch.optim.Adam([self.strength_LE], lr=settings.learning_rate)
-        self.teacher = _Teacher(model, keeps, settings)
         self.losses: list[tuple[float, float]] = []
-        self.tokens, self.seconds, self.ended = 0, 0.0, "steps"
+        self.spent, self.ended = _Spent(), "steps"
+        begun = time.monotonic()
+        self.teacher = _Teacher(model, keeps, settings, self.spent)
+        self.spent.seconds = time.monotonic() - begun
+        self.before = replace(self.spent)
         self.state = state
         ids = [[list(e.token_ids) for e in side] for side in (targets, keeps)]
-        plan = [asdict(settings), model.fingerprint.model_dump(mode="json"), data_sha256, sigma_L.tolist(), ids]
+        plan = [settings.plain(), model.fingerprint.model_dump(mode="json"), data_sha256, sigma_L.tolist(), ids]
         self.plan = files.sha256(files.dumps(plan, indent=None).encode("utf-8"))
 
     def go(self) -> NDArray[np.float32]:
@@ -202,10 +219,10 @@ class _Optimisation:
         saved = time.monotonic()
         with Progress("direct: through the model", total=self.settings.steps, unit="steps") as progress:
             progress.advance(len(self.losses))
-            while self._spent() < 1.0:
+            while self._share() < 1.0:
                 begun = time.monotonic()
                 self._step()
-                self.seconds += time.monotonic() - begun
+                self.spent.seconds += time.monotonic() - begun
                 progress.advance(1, note=f"change {self.losses[-1][0]:.2f}, keep {self.losses[-1][1]:.3f}")
                 if self.state is not None and time.monotonic() - saved > SAVE_EVERY_S:
                     self._save()
@@ -218,18 +235,22 @@ class _Optimisation:
         """For the report."""
         return {
             "loss_first": self.losses[0], "loss_last": tuple(np.mean(self.losses[-10:], axis=0).tolist()),
-            "steps": len(self.losses), "ended_by": self.ended, "tokens": self.tokens,
-            "seconds": round(self.seconds, 1),
+            "steps": len(self.losses), "ended_by": self.ended, "tokens": self.spent.tokens,
+            "seconds": round(self.spent.seconds, 1),
         }  # fmt: skip
 
-    def _spent(self) -> float:
-        """Share of what may be spent: of the steps, the tokens or the seconds, whichever is furthest."""
-        s = self.settings
-        shares = {
-            "steps": len(self.losses) / s.steps,
-            "max_tokens": 0.0 if s.max_tokens is None else self.tokens / s.max_tokens,
-            "max_seconds": 0.0 if s.max_seconds is None else self.seconds / s.max_seconds,
-        }
+    def _share(self) -> float:
+        """Share of what the steps may spend: of their number, the tokens or the seconds, whichever is furthest.
+
+        Of the tokens and the seconds they may spend what the first pass over the keeps has left: before the first step
+        the share is 0 whatever the bounds.
+        """
+        s, spent, before = self.settings, self.spent, self.before
+        shares = {"steps": len(self.losses) / s.steps}
+        if s.max_tokens is not None:
+            shares["max_tokens"] = (spent.tokens - before.tokens) / max(s.max_tokens - before.tokens, SMALLEST)
+        if s.max_seconds is not None:
+            shares["max_seconds"] = (spent.seconds - before.seconds) / max(s.max_seconds - before.seconds, SMALLEST)
         self.ended = max(shares, key=lambda name: shares[name])
         return shares[self.ended]
 
@@ -242,7 +263,7 @@ class _Optimisation:
         batch = [(self.targets[i], -1) for i in chosen] + [(self.keeps[i], i) for i in kept]
         counts = [sum(len(response_ids(one, most=s.response_tokens)) for one, i in batch if (i < 0) == side)
                   for side in (True, False)]  # fmt: skip
-        rate = min(1.0, 2.0 * (1.0 - self._spent()))
+        rate = min(1.0, 2.0 * (1.0 - self._share()))
         self.optimizer.param_groups[0]["lr"] = s.learning_rate * rate
         self.optimizer.zero_grad()
         change = keep = 0.0
@@ -254,7 +275,7 @@ class _Optimisation:
             loss.backward()  # type: ignore[no-untyped-call]
             change += float(changed.detach()) / counts[0]
             keep += float(held.detach()) / counts[1]
-            self.tokens += len(part) * max(len(one.token_ids) for one, _ in part)
+            self.spent.tokens += _positions([one for one, _ in part])
         if not self.losses:
             self._require_gradient()
         self.optimizer.step()
@@ -296,12 +317,17 @@ class _Optimisation:
         adam = self.optimizer.state[self.strength_LE]
         tensors = {"strength": self.strength_LE.detach(), **{n: adam[n] for n in ("exp_avg", "exp_avg_sq", "step")}}
         held = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        done = {"plan": self.plan, "losses": self.losses, "tokens": self.tokens, "seconds": self.seconds,
-                "sha256": files.sha256(save_tensors(held))}  # fmt: skip
-        files.write_bytes(self.state, save_tensors(held, metadata={"direct": files.dumps(done, indent=None)}))
+        done = {
+            "plan": self.plan, "losses": self.losses, "spent": asdict(self.spent), "before_s": self.before.seconds,
+        }  # fmt: skip
+        written = files.dumps({**done, "sha256": _digest(held, done)}, indent=None)
+        files.write_bytes(self.state, save_tensors(held, metadata={"direct": written}))
 
     def _resume(self) -> None:
-        """Take up a saved state of the same plan; one that is of another plan or damaged is left behind."""
+        """Take up a saved state of the same plan; one that is of another plan or damaged is left behind.
+
+        The first pass over the keeps, which was made again, counts once in the tokens, and each time in the seconds.
+        """
         if self.state is None or not self.state.exists():
             return
         try:
@@ -309,8 +335,11 @@ class _Optimisation:
             length = int.from_bytes(data[:8], "little")
             done = files.parse_json(files.parse_json(data[8 : 8 + length].decode())["__metadata__"]["direct"])
             tensors = load_tensors(data)
-            if (done["plan"], done["sha256"]) != (self.plan, files.sha256(save_tensors(tensors))):
+            claimed = done["sha256"]
+            del done["sha256"]
+            if (done["plan"], claimed) != (self.plan, _digest(tensors, done)):
                 return
+            spent, before_s = _Spent(**done["spent"]), done["before_s"]
         except (FileError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
             return
         with torch.no_grad():
@@ -319,14 +348,34 @@ class _Optimisation:
         moments = {name: tensors[name].to(self.strength_LE.device) for name in names}
         self.optimizer.state[self.strength_LE] = {**moments, "step": tensors["step"]}
         self.losses = [(float(change), float(keep)) for change, keep in done["losses"]]
-        self.tokens, self.seconds = int(done["tokens"]), float(done["seconds"])
+        self.spent.tokens = spent.tokens
+        self.spent.seconds += spent.seconds
+        self.before.seconds += before_s
+
+
+def _digest(tensors: dict[str, Tensor], done: dict[str, Any]) -> str:
+    """sha256 of all that a state holds."""
+    return files.sha256(save_tensors(tensors) + files.dumps(done, indent=None).encode("utf-8"))
+
+
+@dataclass
+class _Spent:
+    """What has been read and how long it took."""
+
+    tokens: int = 0
+    seconds: float = 0.0
 
 
 class _Teacher:
-    """Unsteered log-probabilities of the kept responses: once for all if they fit, else anew for each step."""
+    """Unsteered log-probabilities of the kept responses: once for all if they fit, else anew for each step.
 
-    def __init__(self, model: ThroughModel, keeps: Sequence[EncodedResponse], settings: Settings) -> None:
-        self.model, self.keeps, self.most = model, keeps, settings.response_tokens
+    Whatever it reads it adds to `spent`.
+    """
+
+    def __init__(
+        self, model: ThroughModel, keeps: Sequence[EncodedResponse], settings: Settings, spent: _Spent
+    ) -> None:
+        self.model, self.keeps, self.most, self.spent = model, keeps, settings.response_tokens, spent
         self.stored: list[Tensor] | None = None
         counts = [len(response_ids(keep, most=self.most)) for keep in keeps]
         first = self._compute([0])
@@ -340,8 +389,10 @@ class _Teacher:
         self.stored = [stored[i] for i in range(len(keeps))]
 
     def _compute(self, chosen: Sequence[int]) -> Tensor:
+        sequences = [self.keeps[i] for i in chosen]
         with torch.no_grad():
-            logits = self.model.response_logits([self.keeps[i] for i in chosen], bias_LE=None, most=self.most)
+            logits = self.model.response_logits(sequences, bias_LE=None, most=self.most)
+        self.spent.tokens += _positions(sequences)
         return logits.float().log_softmax(-1)
 
     def __call__(self, chosen: Sequence[int]) -> Tensor:
@@ -361,6 +412,35 @@ def _passes(batch: Sequence[tuple[EncodedResponse, int]], positions: int) -> lis
             longest = len(one[0].token_ids)
         parts[-1].append(one)
     return parts
+
+
+def _positions(sequences: Sequence[EncodedResponse]) -> int:
+    """Rows x longest of one pass."""
+    return len(sequences) * max(len(one.token_ids) for one in sequences)
+
+
+def _require_ours(state: Path) -> None:
+    """Raise FileError where the state is to be kept in a file that is none of ours, or in no file at all.
+
+    Ours are those that begin as `OURS`, whole or damaged: they are written whole, so that nothing else is a torn one.
+    """
+    if not os.path.lexists(state):
+        return
+    try:
+        found = "it is no regular file"
+        if state.is_file():
+            with open(state, "rb") as handle:
+                if OURS.match(handle.read(256)):
+                    return
+            found = "it is none of direct's"
+    except OSError as error:
+        found = error.strerror or str(error)
+    raise FileError(
+        f"the file cannot hold an unfinished optimisation: {found}",
+        where=f"direct with state={str(state)!r}",
+        expected="the name of a new file, or a state that direct has left there",
+        do="give another name, or move what is there away; it was left as it is",
+    )
 
 
 def _diverged(model: ThroughModel, step: int) -> NanLogitsError:

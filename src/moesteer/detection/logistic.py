@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,7 +76,17 @@ def plain_classifiers(
 
 
 def warning(surrogate: float, plain: dict[str, float]) -> str | None:
-    """A plain sentence where a classifier without routing does as well as the surrogate; None where none does."""
+    """A plain sentence where a classifier without routing does as well as the surrogate, or where that is not known.
+
+    None means that the surrogate was measured, and is better than each plain classifier that was.
+    """
+    if math.isnan(surrogate):
+        return "nothing could be held out, so that the surrogate's accuracy is not known"
+    if all(math.isnan(value) for value in plain.values()):
+        return (
+            f"the surrogate's {100 * surrogate:.0f} % has nothing to be compared with: "
+            "no classifier without routing could be fitted on the same split"
+        )
     equal = {name: value for name, value in plain.items() if value >= surrogate - AS_GOOD}
     if not equal:
         return None

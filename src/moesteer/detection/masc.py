@@ -34,6 +34,7 @@ from moesteer.detection import surrogate
 from moesteer.detection.base import (
     Detection,
     additive_mask,
+    checked_layers,
     require_both,
     require_logits,
     require_span,
@@ -54,8 +55,6 @@ HELD_OUT = 0.2
 PER_STEP = 2
 """Surrogates that one step goes through, drawn from all: every one is heard, at the cost of two."""
 STARTS = ("zero", "random")
-BATCH_BYTES = 256 * 1024 * 1024
-"""Steered logits of one step, over all lambdas and surrogates, stay below this: else the batch shrinks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +189,7 @@ def _detect(
             "l1": l1, "keep": list(keep), "span": span, "surrogate_kind": surrogate_kind, "surrogates": surrogates,
             "start": start, "keep_weight": keep_weight, "steps": steps, "batch": batch,
             "learning_rate": learning_rate, "conversations": conversations,
-            "layers": None if layers is None else list(layers), "seed": seed,
+            "layers": checked_layers(trace.fingerprint, layers), "seed": seed,
         }  # fmt: skip
         moved = {"moved_to_wanted_class": _moved(stack, found, sigma, matrix_LE)}
         mask = additive_mask(trace, strength, trace.sigma_L, method="masc", toward=toward, settings=settings)
@@ -260,20 +259,15 @@ def _optimise(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2.0 * (1.0 - step / steps)))
     penalty = torch.tensor(list(lambdas))[:, None, None] / (layers * experts)
     change, hold = torch.tensor(found.rows(UNWANTED)), torch.tensor(found.rows(WANTED, KEEP))
-    each = _fitting(batch, found, len(lambdas) * PER_STEP) // 2
+    each = max(4, batch) // 2
     with Progress("masc: through the surrogate", total=steps, unit="steps") as progress:
         for _ in range(steps):
             picked = [part[torch.randperm(len(part), generator=generator)[:each]] for part in (change, hold)]
             drawn = torch.randperm(len(stack.seeds), generator=generator)[:PER_STEP]
-            loss = torch.zeros(())
-            for part, weight in zip(picked, (1.0, keep_weight), strict=True):
-                logits, lengths, labels = found.data.part(part)
-                goal = torch.where(labels == UNWANTED, torch.full_like(labels, WANTED), labels)
-                steered = logits + (sigma_L[:, None] * matrix)[:, None, None]
-                with stack.only(drawn):
-                    loss = loss + weight * _through_all(stack, steered, lengths, goal).sum()
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            with stack.only(drawn):
+                for part, weight in zip(picked, (1.0, keep_weight), strict=True):
+                    _add_gradient(stack, found.data, part, sigma_L, matrix, weight=weight)
             optimizer.step()
             with torch.no_grad():
                 shrink(matrix, optimizer, penalty_LE=penalty)
@@ -283,6 +277,27 @@ def _optimise(
     return matrix.detach()
 
 
+def _add_gradient(
+    stack: surrogate.Stack,
+    data: surrogate.Sequences,
+    part_B: Tensor,
+    sigma_L: Tensor,
+    matrix_MLE: Tensor,
+    *,
+    weight: float,
+) -> None:
+    """Add to the matrices' gradient that of weight times the part's mean loss.
+
+    A part that fits into one pass is one; else each pass weighs as its share of the part, and the sum is the same.
+    """
+    for some in data.passes(part_B, copies=len(matrix_MLE) * PER_STEP):
+        logits, lengths, labels = data.part(some)
+        goal = torch.where(labels == UNWANTED, torch.full_like(labels, WANTED), labels)
+        steered = logits + (sigma_L[:, None] * matrix_MLE)[:, None, None]
+        loss = _through_all(stack, steered, lengths, goal).sum()
+        (weight * (len(some) / len(part_B)) * loss).backward()  # type: ignore[no-untyped-call]
+
+
 def _through_all(stack: surrogate.Stack, steered_MBTLE: Tensor, lengths_B: Tensor, goal_B: Tensor) -> Tensor:
     """[M] loss of each lambda's logits, averaged over the surrogates: all in one pass."""
     count = len(steered_MBTLE)
@@ -290,20 +305,16 @@ def _through_all(stack: surrogate.Stack, steered_MBTLE: Tensor, lengths_B: Tenso
     return stack.loss(verdicts.view(-1, len(goal_B), verdicts.shape[-1]), goal_B).view(-1, count).mean(0)
 
 
-def _fitting(batch: int, found: Labelled, count: int) -> int:
-    _, tokens, layers, experts = found.data.logits_NTLE.shape
-    return max(4, min(batch, BATCH_BYTES // (4 * tokens * layers * experts * count)))
-
-
 def _moved(stack: surrogate.Stack, found: Labelled, sigma_L: Tensor, matrix_LE: Tensor) -> float:
     """Share of unwanted sequences that the surrogates put into the wanted class once steered."""
     rows = torch.tensor(found.rows(UNWANTED))
     total = 0.0
     with torch.no_grad():
-        for part in torch.split(rows, 256):
-            logits, lengths, _ = found.data.part(part)
-            verdicts = stack.classes(stack(logits + sigma_L[:, None] * matrix_LE, lengths))
-            total += float((verdicts == WANTED).float().mean(0).sum())
+        for some in torch.split(rows, 256):
+            for part in found.data.passes(some, copies=len(stack.seeds)):
+                logits, lengths, _ = found.data.part(part)
+                verdicts = stack.classes(stack(logits + sigma_L[:, None] * matrix_LE, lengths))
+                total += float((verdicts == WANTED).float().mean(0).sum())
     return total / len(rows)
 
 

@@ -110,17 +110,22 @@ def _optimise(
     start_std: float,
     generator: torch.Generator,
 ) -> NDArray[np.float32]:
-    """S [L, E] through the frozen surrogate, entries within ZERO_BELOW set to zero."""
-    inputs, lengths = data.logits_NTLE[None], data.lengths_N
-    matrix = torch.randn(tuple(inputs.shape[3:]), generator=generator) * start_std
+    """S [L, E] through the frozen surrogate, entries within ZERO_BELOW set to zero.
+
+    One step an epoch, on the mean loss of all sequences, however many passes these take.
+    """
+    matrix = torch.randn(tuple(data.logits_NTLE.shape[2:]), generator=generator) * start_std
     matrix.requires_grad_(True)
     optimizer = torch.optim.Adam([matrix], lr=learning_rate)
-    target = torch.ones(len(lengths), dtype=torch.long)
+    every = torch.arange(len(data.labels_N))
     for _ in range(epochs):
-        verdict = stack(inputs + (sigma_L[:, None] * matrix), lengths)
-        loss = stack.loss(verdict, target).sum() + l1 * matrix.abs().sum()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        for part in data.passes(every, copies=1):
+            logits, lengths, labels = data.part(part)
+            verdict = stack(logits + (sigma_L[:, None] * matrix), lengths)
+            loss = stack.loss(verdict, torch.ones_like(labels)).sum()
+            (len(part) / len(every) * loss).backward()  # type: ignore[no-untyped-call]
+        (l1 * matrix.abs().sum()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     strength: NDArray[np.float32] = matrix.detach().numpy().copy()
     strength[np.abs(strength) <= ZERO_BELOW] = 0.0
@@ -129,10 +134,13 @@ def _optimise(
 
 def _moved(stack: surrogate.Stack, data: surrogate.Sequences, bias_LE: Tensor) -> float:
     """Share of unwanted sequences that the surrogate takes for wanted once steered."""
-    unwanted = data.labels_N == 0
+    unwanted = torch.nonzero(data.labels_N == 0).flatten()
+    verdicts = []
     with torch.no_grad():
-        verdict = stack(data.logits_NTLE[None][:, unwanted] + bias_LE, data.lengths_N[unwanted])
-        return float(stack.classes(verdict).float().mean())
+        for part in data.passes(unwanted, copies=1):
+            logits, lengths, _ = data.part(part)
+            verdicts.append(stack.classes(stack(logits + bias_LE, lengths)))
+    return float(torch.cat(verdicts, dim=1).float().mean())
 
 
 def _require_settings(*, l1: float, epochs: int, learning_rate: float, start_std: float) -> None:

@@ -30,7 +30,7 @@ class Material:
     "matched": target conversations by how they ended, and protected ones labelled "keep" (span final_turn).
     "published": target conversations that went wrong against another suite's that went well (span final_user).
     model, targets, keeps: for methods through the model; conversations with their responses, encoded. folder: where
-    a long method may keep its state, to go on after a kill.
+    a long method may keep its state, to go on after a kill; state: the file for it, instead of one in the folder.
     """
 
     traces: Mapping[str, TraceReader]
@@ -40,6 +40,7 @@ class Material:
     targets: Sequence[Any] = ()
     keeps: Sequence[Any] = ()
     folder: Path | None = None
+    state: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ class Method:
         given: dict[str, Any] = {**self.preset, **settings, "toward": material.toward}
         if "seed" in inspect.signature(self.detect).parameters:
             given["seed"] = material.seed
-        if "state" in inspect.signature(self.detect).parameters and material.folder is not None:
-            given["state"] = material.folder / f"{self.name}.state"
+        state = material.state or (material.folder and material.folder / f"{self.name}.state")
+        if "state" in inspect.signature(self.detect).parameters and state is not None:
+            given["state"] = state
         trace = self._trace(material)
         if not self.through_model:
             return self.detect(trace, **given)

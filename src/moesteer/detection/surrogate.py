@@ -35,6 +35,9 @@ PROJECTION = 16
 HIDDEN = 64
 RIDGE = 1e-2
 """Of the linear surrogate's squared weights, against a mean cross-entropy."""
+PASS_BYTES = 256 * 1024 * 1024
+"""Steered logits of one pass through frozen surrogates, over all masks and surrogates, stay below this where they can:
+one sequence is the least. How many passes a result takes is no part of its method."""
 
 
 class Stack(nn.Module):
@@ -188,6 +191,11 @@ class Sequences:
         lengths = self.lengths_N[chosen]
         return self.logits_NTLE[chosen, : int(lengths.max())][None], lengths, self.labels_N[chosen]
 
+    def passes(self, chosen: Tensor, *, copies: int) -> tuple[Tensor, ...]:
+        """The chosen sequences in parts whose logits, so many copies of them, fit into PASS_BYTES; one where all do."""
+        _, tokens, layers, experts = self.logits_NTLE.shape
+        return torch.split(chosen, max(1, PASS_BYTES // (4 * tokens * layers * experts * copies)))
+
 
 def fit(
     kind: Kind,
@@ -228,14 +236,15 @@ def fit(
 
 
 def accuracy(stack: Stack, data: Sequences, chosen: Sequence[int], *, batch: int = 512) -> NDArray[np.float64]:
-    """[G] share of the chosen sequences put into their class; NaN where none are."""
+    """[G] share of the chosen sequences put into their class; NaN where none are. batch: the most of them in a pass."""
     if not len(chosen):
         return np.full(len(stack.seeds), np.nan)
     right = torch.zeros(len(stack.seeds))
     with torch.no_grad():
-        for part in torch.split(torch.tensor(list(chosen)), batch):
-            logits, lengths, labels = data.part(part)
-            right += (stack.classes(stack(logits, lengths)) == labels).sum(1)
+        for some in torch.split(torch.tensor(list(chosen)), batch):
+            for part in data.passes(some, copies=len(stack.seeds)):
+                logits, lengths, labels = data.part(part)
+                right += (stack.classes(stack(logits, lengths)) == labels).sum(1)
     return right.numpy().astype(np.float64) / len(chosen)
 
 

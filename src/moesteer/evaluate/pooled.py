@@ -64,6 +64,9 @@ def pool(
             "unscored": _count(mine, "unscored"),
             **{key: {str(s): by_seed[s]["methods"][name].get(key) for s in mine} for key in _CARRIED},
             "tried": {str(s): _tried(by_seed[s], name) for s in mine},
+            "gate": {str(s): gate for s in mine if (gate := _gate(by_seed[s], name)) is not None},
+            "surrogate": {str(s): facts for s in mine if (facts := _surrogate(by_seed[s], name)) is not None},
+            "margins": {str(s): _margins(by_seed[s]["methods"][name]) for s in mine},
             "like": {str(s): like for s in mine if (like := _like(by_seed[s]["methods"][name])) is not None},
         }
     _adjust(methods)
@@ -89,6 +92,32 @@ _CARRIED = ("alpha", "experts", "setting", "feasible", "seconds")
 
 _LIKE = "like "
 """A control's setting is this and the method whose mask it is made from, which may be another under every seed."""
+
+
+_SURROGATE = ("held_out", "held_out_accuracy", "train_accuracy", "keep_accuracy")
+
+
+def _gate(result: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """A method's gate with how often it fired on test (`fired` of `gated` requests); None for one without."""
+    gate = result["methods"][name].get("gate")
+    if gate is None:
+        return None
+    receipt = result.get("receipts", {}).get(name) or {}
+    return {**gate, **{key: receipt[key] for key in ("fired", "gated") if key in receipt}}
+
+
+def _surrogate(result: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """What a method's detection says of its surrogates (those of its first variant); None where it has none."""
+    facts = result.get("facts", {}).get(name)
+    first = facts[0] if isinstance(facts, list) and facts else {}
+    wanted = (*(f"surrogate_{key}" for key in _SURROGATE), "length_only_accuracy", "bag_of_words_accuracy",
+              "majority_accuracy", "warning")  # fmt: skip
+    return {key: first[key] for key in wanted if key in first} if "surrogate_held_out" in first else None
+
+
+def _margins(entry: Mapping[str, Any]) -> dict[str, str]:
+    """By protected suite, how the chosen setting's margin was kept on select (evaluate/margins.py)."""
+    return {suite: str(found["status"]) for suite, found in (entry.get("margins") or {}).items()}
 
 
 def _tried(result: Mapping[str, Any], name: str) -> int:

@@ -9,7 +9,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moesteer.evaluate.cells import MINUS, NOTHING, each, grid, number, signed, text
 from moesteer.evaluate.metrics import metric
+from moesteer.evaluate.quality_beside import gates, margins, surrogates
 
 CONTROLS = ("alpha-0", "random", "sign-flipped", "shuffled-layers")
 PUBLISHED = ("risk-difference", "log-odds", "paired-t", "masc-published")
@@ -23,8 +25,6 @@ SHORT = {
     "knowledge_accuracy": "Know", "arithmetic_accuracy": "Arith", "instruction_accuracy": "Instr", "accuracy": "Acc",
 }  # fmt: skip
 SIGNIFICANT = 0.05
-NOTHING = "\N{EM DASH}"
-MINUS = "\N{MINUS SIGN}"
 DAGGER = "\N{DAGGER}"
 
 
@@ -102,6 +102,7 @@ def _row(name: str, entry: Mapping[str, Any], target: str) -> dict[str, Any]:
         "feasible": dict(entry["feasible"]),
         "like": sorted(set(entry["like"].values())),
         "tried": dict(entry["tried"]),
+        **{key: dict(entry[key]) for key in ("gate", "surrogate", "margins")},
     }
 
 
@@ -153,14 +154,17 @@ def _section(scenario: Mapping[str, Any]) -> list[str]:
     which = "seeds " + ", ".join(map(str, seeds)) if len(seeds) > 1 else f"seed {seeds[0]}"
     sizes = ", ".join(f"{column['short']} {_sizes(scenario, column['metric'])}" for column in scenario["columns"])
     return [
-        f"### {_text(scenario['title'])}",
-        f"Model {_text(_model_name(model['name']))} ({_text(model['model_type'])}{size}), {which}, test split. "
+        f"### {text(scenario['title'])}",
+        f"Model {text(_model_name(model['name']))} ({text(model['model_type'])}{size}), {which}, test split. "
         f"Conversations (behaviours): {sizes}.",
         _main(scenario),
         _null(scenario),
         "<details><summary>By seed (one value where all seeds give the same)</summary>",
         _by_seed(scenario),
         "</details>",
+        *margins(scenario["rows"]),
+        *gates(scenario["rows"]),
+        *surrogates(scenario["rows"]),
     ]
 
 
@@ -193,7 +197,7 @@ def _main(scenario: Mapping[str, Any]) -> str:
             _range(row["experts"]),
         ]
         lines.append(cells)
-    return _grid(heads, lines)
+    return grid(heads, lines)
 
 
 def _by_seed(scenario: Mapping[str, Any]) -> str:
@@ -209,14 +213,14 @@ def _by_seed(scenario: Mapping[str, Any]) -> str:
             [
                 _name(row),
                 ", ".join(keys),
-                *(_each([_number(found.get(key, {}).get("value")) for key in keys]) for found in rates),
-                _each([_signed(against[key]["difference"]) for key in keys if key in against]),
-                _each([_p_text(against[key]["p"]) for key in keys if key in against]),
-                _each([str(row["tried"].get(key) or NOTHING) for key in keys]),
-                _each([_setting(row, key) for key in keys]),
+                *(each([number(found.get(key, {}).get("value")) for key in keys]) for found in rates),
+                each([signed(against[key]["difference"]) for key in keys if key in against]),
+                each([_p_text(against[key]["p"]) for key in keys if key in against]),
+                each([str(row["tried"].get(key) or NOTHING) for key in keys]),
+                each([_setting(row, key) for key in keys]),
             ]
         )
-    return _grid(heads, lines)
+    return grid(heads, lines)
 
 
 def _broken(row: Mapping[str, Any]) -> list[str]:
@@ -226,21 +230,16 @@ def _broken(row: Mapping[str, Any]) -> list[str]:
 
 def _name(row: Mapping[str, Any]) -> str:
     """`direct †`; a control that is not of one method under all seeds names them all: `random (like direct, masc)`."""
-    name = _text(row["method"])
+    name = text(row["method"])
     if len(row["like"]) > 1:
-        name += f" (like {_text(', '.join(row['like']))})"
+        name += f" (like {text(', '.join(row['like']))})"
     return f"{name} {DAGGER}" if _broken(row) else name
 
 
 def _setting(row: Mapping[str, Any], seed: str) -> str:
     """What was chosen under a seed, without the method's name before it."""
     setting = str(row["settings"].get(seed) or "").removeprefix(row["method"]).strip()
-    return NOTHING if not setting else _text(setting) + (f" {DAGGER}" if row["feasible"].get(seed) is False else "")
-
-
-def _each(texts: Sequence[str]) -> str:
-    """`83.3 / 80.4 / 79.2`, one for each seed; once where all are the same."""
-    return NOTHING if not texts else texts[0] if len(set(texts)) == 1 else " / ".join(texts)
+    return NOTHING if not setting else text(setting) + (f" {DAGGER}" if row["feasible"].get(seed) is False else "")
 
 
 def _null(scenario: Mapping[str, Any]) -> str:
@@ -255,7 +254,7 @@ def _null(scenario: Mapping[str, Any]) -> str:
 def _legend(table: Mapping[str, Any]) -> list[str]:
     columns = {column["short"]: column for scenario in table["scenarios"] for column in scenario["columns"]}
     names = [
-        f"**{_text(short)}**: {column['title']}{' (lower is better)' if column['lower_is_better'] else ''}"
+        f"**{text(short)}**: {column['title']}{' (lower is better)' if column['lower_is_better'] else ''}"
         for short, column in columns.items()
     ]
     return [
@@ -280,9 +279,9 @@ def _dagger(table: Mapping[str, Any]) -> list[str]:
     found: list[str] = []
     for scenario in table["scenarios"]:
         broken = {row["method"]: _broken(row) for row in scenario["rows"]}
-        said = [f"{_text(name)} (seeds {', '.join(seeds)})" for name, seeds in broken.items() if seeds]
+        said = [f"{text(name)} (seeds {', '.join(seeds)})" for name, seeds in broken.items() if seeds]
         if said:
-            where = f" in {_text(scenario['title'])}" if len(table["scenarios"]) > 1 else ""
+            where = f" in {text(scenario['title'])}" if len(table["scenarios"]) > 1 else ""
             found.append(", ".join(said) + where)
     if not found:
         return []
@@ -294,38 +293,14 @@ def _dagger(table: Mapping[str, Any]) -> list[str]:
 
 def _head(column: Mapping[str, Any]) -> str:
     arrow = "\N{DOWNWARDS ARROW}" if column["lower_is_better"] else "\N{UPWARDS ARROW}"
-    return f"{_text(column['short'])} {arrow}"
-
-
-def _grid(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *("--:" for _ in heads[1:])]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *lines))
-
-
-def _text(value: Any) -> str:
-    """A name in a table cell or a heading: one line, with nothing that Markdown or HTML would act on."""
-    kept = " ".join(str(value).split())
-    for character in "\\`*_[]<>|#":
-        kept = kept.replace(character, f"\\{character}" if character != "<" else "&lt;")
-    return kept
-
-
-def _number(value: float | None) -> str:
-    return NOTHING if value is None else f"{100 * value:.1f}"
-
-
-def _signed(value: float | None) -> str:
-    if value is None:
-        return NOTHING
-    points = round(100 * value, 1) + 0.0
-    return f"{points:+.1f}".replace("-", MINUS) if points else "0.0"
+    return f"{text(column['short'])} {arrow}"
 
 
 def _rate(found: Mapping[str, Any] | None) -> str:
     """`96.9 [94, 98]`."""
     if found is None or found["value"] is None:
         return NOTHING
-    return f"{_number(found['value'])} [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
+    return f"{number(found['value'])} [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
 
 
 def _change(found: Mapping[str, Any] | None) -> str:
@@ -333,7 +308,7 @@ def _change(found: Mapping[str, Any] | None) -> str:
     if found is None or found["difference"] is None:
         return NOTHING
     ends = [f"{round(100 * found[end]) + 0:+d}".replace("-", MINUS).replace("+0", "0") for end in ("low", "high")]
-    return f"{_signed(found['difference'])} [{ends[0]}, {ends[1]}]"
+    return f"{signed(found['difference'])} [{ends[0]}, {ends[1]}]"
 
 
 def _p(found: Mapping[str, Any] | None) -> str:
