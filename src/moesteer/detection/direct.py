@@ -16,9 +16,7 @@ for max_seconds).
 
 from __future__ import annotations
 
-import os
 import random
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -28,16 +26,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from moesteer import files
+from moesteer.detection import saved_state
 from moesteer.detection.base import Detection, checked_layers, rows_of_layers
 from moesteer.detection.method import Method
 from moesteer.detection.through_model import EncodedResponse, number, require_responses, response_ids, whole
-from moesteer.errors import EmptyDataError, FileError, NanLogitsError, NoEffectError
+from moesteer.errors import EmptyDataError, NanLogitsError, NoEffectError
 from moesteer.fingerprint import Fingerprint
 from moesteer.mask import Intent, MaskInfo, SteeringMask
 from moesteer.progress import Progress
@@ -45,8 +41,6 @@ from moesteer.progress import Progress
 TEACHER_BYTES = 512 * 1024 * 1024
 """Unsteered log-probabilities of protected text are kept in memory up to this size, and else recomputed."""
 SAVE_EVERY_S = 10.0
-OURS = re.compile(rb'.{8}\{\s*"__metadata__"\s*:\s*\{\s*"direct"\s*:', re.DOTALL)
-"""How a state file begins: safetensors writes its metadata first, and ours has this one key."""
 SMALLEST = 1e-6
 """A first gradient that is nowhere larger (nats a token for one sigma) is rounding, which Adam would magnify."""
 
@@ -145,7 +139,7 @@ def detect(
     settings.check()
     if state is not None:
         state = Path(state)
-        _require_ours(state)
+        saved_state.require_ours(state)
     if not targets or not keeps:
         raise EmptyDataError(
             "direct needs both conversations to change and conversations to keep",
@@ -316,32 +310,21 @@ class _Optimisation:
         assert self.state is not None
         adam = self.optimizer.state[self.strength_LE]
         tensors = {"strength": self.strength_LE.detach(), **{n: adam[n] for n in ("exp_avg", "exp_avg_sq", "step")}}
-        held = {name: value.cpu().contiguous() for name, value in tensors.items()}
         done = {
             "plan": self.plan, "losses": self.losses, "spent": asdict(self.spent), "before_s": self.before.seconds,
         }  # fmt: skip
-        written = files.dumps({**done, "sha256": _digest(held, done)}, indent=None)
-        files.write_bytes(self.state, save_tensors(held, metadata={"direct": written}))
+        saved_state.write(self.state, tensors, done)
 
     def _resume(self) -> None:
         """Take up a saved state of the same plan; one that is of another plan or damaged is left behind.
 
         The first pass over the keeps, which was made again, counts once in the tokens, and each time in the seconds.
         """
-        if self.state is None or not self.state.exists():
+        kept = None if self.state is None else saved_state.read(self.state, plan=self.plan)
+        if kept is None:
             return
-        try:
-            data = files.read_bytes(self.state, kind="mask")
-            length = int.from_bytes(data[:8], "little")
-            done = files.parse_json(files.parse_json(data[8 : 8 + length].decode())["__metadata__"]["direct"])
-            tensors = load_tensors(data)
-            claimed = done["sha256"]
-            del done["sha256"]
-            if (done["plan"], claimed) != (self.plan, _digest(tensors, done)):
-                return
-            spent, before_s = _Spent(**done["spent"]), done["before_s"]
-        except (FileError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
-            return
+        tensors, done = kept
+        spent, before_s = _Spent(**done["spent"]), done["before_s"]
         with torch.no_grad():
             self.strength_LE.copy_(tensors["strength"])
         names = ("exp_avg", "exp_avg_sq")
@@ -351,11 +334,6 @@ class _Optimisation:
         self.spent.tokens = spent.tokens
         self.spent.seconds += spent.seconds
         self.before.seconds += before_s
-
-
-def _digest(tensors: dict[str, Tensor], done: dict[str, Any]) -> str:
-    """sha256 of all that a state holds."""
-    return files.sha256(save_tensors(tensors) + files.dumps(done, indent=None).encode("utf-8"))
 
 
 @dataclass
@@ -417,30 +395,6 @@ def _passes(batch: Sequence[tuple[EncodedResponse, int]], positions: int) -> lis
 def _positions(sequences: Sequence[EncodedResponse]) -> int:
     """Rows x longest of one pass."""
     return len(sequences) * max(len(one.token_ids) for one in sequences)
-
-
-def _require_ours(state: Path) -> None:
-    """Raise FileError where the state is to be kept in a file that is none of ours, or in no file at all.
-
-    Ours are those that begin as `OURS`, whole or damaged: they are written whole, so that nothing else is a torn one.
-    """
-    if not os.path.lexists(state):
-        return
-    try:
-        found = "it is no regular file"
-        if state.is_file():
-            with open(state, "rb") as handle:
-                if OURS.match(handle.read(256)):
-                    return
-            found = "it is none of direct's"
-    except OSError as error:
-        found = error.strerror or str(error)
-    raise FileError(
-        f"the file cannot hold an unfinished optimisation: {found}",
-        where=f"direct with state={str(state)!r}",
-        expected="the name of a new file, or a state that direct has left there",
-        do="give another name, or move what is there away; it was left as it is",
-    )
 
 
 def _diverged(model: ThroughModel, step: int) -> NanLogitsError:
