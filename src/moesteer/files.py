@@ -20,8 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moesteer.errors import FileError, LimitError
 
 MIB = 1024 * 1024
@@ -300,7 +298,7 @@ def plain(value: Any) -> Any:
     """
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
+    if hasattr(value, "tolist"):  # numpy's arrays and numbers, without its import
         return plain(value.tolist())
     if isinstance(value, list | tuple):
         return [plain(inner) for inner in value]
