@@ -1,6 +1,6 @@
 """How far a static expert bias can go at all: lab tiny's document-following, with nothing kept.
 
-    python bench/ceiling.py [--steps 300]
+    python bench/ceiling.py [--steps 200]
 
 For each choice of positions that are steered, a bias [L, E] is optimised through the model on the fit split's own
 documents towards the wanted answers, without any term that keeps other text and without a penalty: what this
@@ -146,6 +146,13 @@ def in_the_stream(model: Model, items: dict[str, list[Encoded]], steps: int) -> 
     return {**shares, "loss": last}
 
 
+def unsteered(model: Model, items: dict[str, list[Encoded]]) -> dict[str, float]:
+    """Shares followed by the model as it is, on the same documents."""
+    zero = torch.zeros((len(model.routers), model.fingerprint.experts))
+    with torch.no_grad():
+        return {split: followed(predicted(model, rows, zero, "everywhere"), rows) for split, rows in items.items()}
+
+
 def _line(shares: dict[str, float]) -> str:
     return "  ".join(f"{split} {100 * share:5.1f} %" for split, share in shares.items())
 
@@ -153,7 +160,7 @@ def _line(shares: dict[str, float]) -> str:
 def main() -> None:
     """Optimise, print one table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     given = parser.parse_args()
     model = load("lab-tiny")
     for parameter in model.hf.parameters():
@@ -164,7 +171,8 @@ def main() -> None:
     assert logits_NLE is not None
     sigma_L = torch.from_numpy(logits_NLE.std(axis=(0, 2)))
     asked = {w: {s: capability(model, w, s) for s in ("fit", "select")} for w in ("document", "plain")}
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {"nothing": unsteered(model, items)}
+    print(f"{'nothing':<36} {_line(found['nothing'])}", flush=True)
     for where in ("everywhere", "the reply", "the prompt", "the question and the reply"):
         strength = torch.zeros((len(sigma_L), model.fingerprint.experts), requires_grad=True)
         last = optimised(

@@ -43,7 +43,7 @@ def test_runs_facts_reach_the_pooled_results_by_seed(pooled):
 
 def test_the_page_says_them(pooled):
     text = markdown(quality_table([pooled], command="x"))
-    assert "shown to be kept: 3; lossless in a suite too small to show anything: 2; not kept: 1." in text
+    assert "shown to be kept: 3; lossless in a suite too small to show anything: 2; not shown: 1." in text
     row = next(line for line in text.splitlines() if line.startswith("| direct | 0, 1, 2 | last+final"))
     assert row.split(" | ")[2:] == [
         r"last+final\_turn", "0.9877", "1.2 [0.0, 5.0] of 80", "90.0 [0.0, 5.0] of 80",

@@ -164,8 +164,8 @@ def test_a_method_without_a_feasible_setting_is_marked_with_its_seeds(table):
     assert cells_of(text, "masc-published \N{DAGGER}") and cells_of(text, "direct")
     by_seed = cells_of(text, "masc-published \N{DAGGER}", grid=1)
     assert by_seed["Setting"] == "alpha=0.5 \N{DAGGER} / alpha=0.5 / alpha=0.5 \N{DAGGER}"
-    assert "- **\N{DAGGER}**: no setting kept every margin on select" in text
-    assert "is shown: masc-published (seeds 0, 2).\n" in text
+    assert "- **\N{DAGGER}**: no setting was shown to keep every margin on select" in text
+    assert "least stands here: masc-published (seeds 0, 2).\n" in text
 
 
 def test_the_chosen_setting_and_how_many_were_tried_stand_by_seed():

@@ -1,4 +1,4 @@
-"""Direct: the steering matrix optimised through the model itself (METHODS.md section 4; ours).
+"""Direct: the steering matrix optimised through the model itself (ours).
 
     minimise  CE(wanted response | attack) + keep_weight KL(unsteered || steered on protected text)
 

@@ -1,4 +1,4 @@
-"""The gate's probe: for which requests a mask is meant, told from pooled routing logits (ours; METHODS.md section 3).
+"""The gate's probe: for which requests a mask is meant, told from pooled routing logits (ours).
 
 A ridge-penalised logistic regression on the standardised pooled logits [L, E] of prompts: those of the target suite
 against those of the protected suites, both sides weighing alike. Which positions are pooled and how strong the penalty

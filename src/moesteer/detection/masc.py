@@ -2,7 +2,7 @@
 
 What differs from the paper, and why:
 
-- **Matched labels.** Both sides are conversations of the target suite, of one length and topic: those in which the
+- **Matched labels.** Both sides are conversations of the target suite, alike in topic: those in which the
   model showed the wanted behaviour by itself, and those in which it did not. (Published: multi-turn attacks against
   single requests, which length alone tells apart.)
 - **Keep classes.** Protected conversations are a class of their own. The optimised logits of an unwanted conversation

@@ -19,7 +19,8 @@ def margins(rows: Sequence[Row]) -> list[str]:
         return []
     kept = f"shown to be kept: {found['shown']}; lossless in a suite too small to show anything: {found['lossless']}"
     return [
-        f"Margins of the chosen settings on select, over all methods and seeds: {kept}; not kept: {found['not shown']}."
+        f"Margins of the chosen settings on select, over all methods and seeds: {kept}; not shown: "
+        f"{found['not shown']}."
     ]
 
 

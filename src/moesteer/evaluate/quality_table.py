@@ -22,6 +22,7 @@ ORDER = ("none", "none-again", *CONTROLS, *PUBLISHED, *OURS)
 SHORT = {
     "defense_success_rate": "DSR", "generation_success_rate": "GSR", "faithfulness": "Faith",
     "direct_refusal_rate": "DRR", "over_refusal_rate": "ORR", "benign_accuracy": "Benign",
+    "attack_success_rate": "ASR", "restricted_refusal_rate": "RRR", "recall_rate": "Recall",
     "knowledge_accuracy": "Know", "arithmetic_accuracy": "Arith", "instruction_accuracy": "Instr", "accuracy": "Acc",
 }  # fmt: skip
 SIGNIFICANT = 0.05
@@ -286,7 +287,8 @@ def _dagger(table: Mapping[str, Any]) -> list[str]:
     if not found:
         return []
     return [
-        f"**{DAGGER}**: no setting kept every margin on select; the one that breaks its margins least is shown: "
+        f"**{DAGGER}**: no setting was shown to keep every margin on select (or lost nothing where a suite is too "
+        "small); the one that breaks its margins least stands here: "
         + "; ".join(found) + "."
     ]  # fmt: skip
 
