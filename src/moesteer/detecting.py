@@ -62,7 +62,7 @@ def detect_with_facts(
 ) -> Detection:
     """As `detect`: the mask, the scores it was made from, and the method's facts (held-out accuracies, a warning...).
 
-    `files.plain` makes the facts JSON-ready.
+    Takes and raises what `detect` does. `files.plain` makes the facts JSON-ready.
     """
     given = dict(settings or {})
     seed = _seed(given.pop("seed", seed))

@@ -10,6 +10,7 @@ MINUS = "\N{MINUS SIGN}"
 
 
 def grid(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: heads, and lines of as many cells; all but the first column to the right."""
     rule = ["---", *("--:" for _ in heads[1:])]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *lines))
 
@@ -23,10 +24,12 @@ def text(value: Any) -> str:
 
 
 def number(value: float | None) -> str:
+    """0.471 as `47.1` (per cent); a dash for what is not known."""
     return NOTHING if value is None else f"{100 * value:.1f}"
 
 
 def signed(value: float | None) -> str:
+    """0.467 as `+46.7` (percentage points)."""
     if value is None:
         return NOTHING
     points = round(100 * value, 1) + 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moesteer.evaluate.cells import number, signed
 from moesteer.report import wording
 from moesteer.report.run_files import Difference, Interval, Results
 from moesteer.report.wording import Number, pointer
@@ -45,7 +46,7 @@ def tiles(results: Results, name: str | None) -> list[dict[str, Any]]:
                     "after": wording.rate(metric, name, method.metrics[metric]),
                     "difference": _difference(name, metric, difference),
                     "effect": wording.verdict(metric, difference),
-                    "margin": None if margin is None else wording.points(margin).lstrip("+"),
+                    "margin": None if margin is None else signed(margin).lstrip("+"),
                     "exceeded": margin is not None and _exceeds(metric, difference, margin),
                 }
             )
@@ -62,8 +63,8 @@ def _exceeds(metric: str, difference: Difference | None, margin: float) -> bool:
 def _interval(interval: Interval, *place: str) -> dict[str, Any]:
     return {
         "value": Number(wording.percent(interval.value), interval.value, pointer(*place, "value")),
-        "low": Number(wording.bound(interval.low), interval.low, pointer(*place, "low")),
-        "high": Number(wording.bound(interval.high), interval.high, pointer(*place, "high")),
+        "low": Number(number(interval.low), interval.low, pointer(*place, "low")),
+        "high": Number(number(interval.high), interval.high, pointer(*place, "high")),
         "n": Number(str(interval.n), interval.n, pointer(*place, "n")),
         "unscored": Number(str(interval.unscored), interval.unscored, pointer(*place, "unscored")),
     }
@@ -75,8 +76,8 @@ def _difference(name: str, metric: str, difference: Difference | None) -> dict[s
     place = ("methods", name, "vs_none", metric)
     return {
         "value": wording.change(metric, name, difference),
-        "low": Number(wording.points(difference.low), difference.low, pointer(*place, "low")),
-        "high": Number(wording.points(difference.high), difference.high, pointer(*place, "high")),
+        "low": Number(signed(difference.low), difference.low, pointer(*place, "low")),
+        "high": Number(signed(difference.high), difference.high, pointer(*place, "high")),
         "p": Number(wording.p_text(difference.p), difference.p, pointer(*place, "p")),
         "effect": wording.verdict(metric, difference),
     }
@@ -89,7 +90,7 @@ def headline_table(results: Results) -> dict[str, Any]:
         {
             "metric": metric,
             "target": metric == results.scenario.target_metric,
-            "margin": wording.points(margins[metric]).lstrip("+") if metric in margins else None,
+            "margin": signed(margins[metric]).lstrip("+") if metric in margins else None,
             "lower": metric in wording.LOWER_IS_BETTER,
         }
         for metric in metric_order(results)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from moesteer.evaluate.cells import MINUS, NOTHING, signed
 from moesteer.report.run_files import RESULTS, Difference, Interval, Method, Results
 
 LOWER_IS_BETTER = frozenset({"over_refusal_rate"})
@@ -40,9 +41,6 @@ METHOD_NOTES = {
 
 HIDDEN = frozenset([*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0xFEFF])
 """Code points that steer a display instead of showing: further controls, and changes of writing direction."""
-
-MINUS = "\N{MINUS SIGN}"
-NOTHING = "\N{EM DASH}"
 
 
 @dataclass(frozen=True)
@@ -100,19 +98,6 @@ def percent(value: float | None) -> str:
     return NOTHING if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%".replace("-", MINUS)
 
 
-def bound(value: float | None) -> str:
-    """0.471 as `47.1`: an end of an interval that stands beside its value in per cent."""
-    return NOTHING if value is None else f"{100 * value:.1f}"
-
-
-def points(value: float | None) -> str:
-    """0.467 as `+46.7` (percentage points)."""
-    if value is None:
-        return NOTHING
-    rounded = round(100 * value, 1) + 0.0
-    return f"{rounded:+.1f}".replace("-", MINUS) if rounded else "0.0"
-
-
 def p_text(p: float | None) -> str:
     """`p < 0.001`, `p = 0.032`."""
     if p is None:
@@ -136,7 +121,7 @@ def rate(metric: str, method: str, interval: Interval) -> Number:
 def change(metric: str, method: str, difference: Difference) -> Number:
     """The difference to `none` as a Number, in points."""
     place = pointer("methods", method, "vs_none", metric, "difference")
-    return Number(points(difference.difference), difference.difference, place)
+    return Number(signed(difference.difference), difference.difference, place)
 
 
 def verdict(metric: str, difference: Difference | None) -> str:
