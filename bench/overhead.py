@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from moesteer import files, runs
-from moesteer.backends.hf import Model, length_batches
+from moesteer.backends.chat import length_batches
+from moesteer.backends.hf import Model
 from moesteer.backends.loading import load
 from moesteer.capturing import forward
 from moesteer.conversations import Message

@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from moesteer import files
-from moesteer.backends.chat import Encoded
-from moesteer.backends.hf import Model, length_batches
-from moesteer.conversations import Conversation, request_and_response
+from moesteer.backends.chat import Encoded, length_batches
+from moesteer.conversations import Conversation, Message, request_and_response
 from moesteer.errors import EmptyDataError, TraceFileError, TraceLabelError, UnknownNameError
-from moesteer.models.routers import Router
+from moesteer.fingerprint import Fingerprint
 from moesteer.progress import Progress
 from moesteer.trace import Manifest, TraceReader, TraceRow, TraceWriter, selected_dtype
 
@@ -45,26 +43,38 @@ class _Plan:
         return files.sha256(files.dumps([extra, self.shards, items], indent=None).encode("utf-8"))
 
 
-class _Kept:
-    """A Capture that keeps the wanted positions of every router, in router order."""
+class Captures(Protocol):
+    """The little of a backend that capture needs."""
 
-    def __init__(self, routers: int, positions: Tensor, *, logits: bool) -> None:
-        self.positions, self.with_logits = positions, logits
-        self.logits_L: list[Tensor | None] = [None] * routers
-        self.selected_L: list[Tensor | None] = [None] * routers
+    fingerprint: Fingerprint
 
-    def logits(self, router: Router, logits_NW: Tensor) -> None:
-        """Keep the raw logits of the wanted positions, those of shared experts left out."""
-        if self.with_logits:
-            self.logits_L[router.index] = logits_NW[:, : router.experts].index_select(0, self.positions)
+    @property
+    def mask_sha256(self) -> tuple[str, ...]:
+        """Digests of the masks applied now."""
 
-    def selected(self, router: Router, experts_NK: Tensor, weights_NK: Tensor) -> None:
-        """Keep the selected experts of the wanted positions."""
-        self.selected_L[router.index] = experts_NK.index_select(0, self.positions)
+    @property
+    def alphas(self) -> list[float]:
+        """Their strengths."""
+
+    @property
+    def weights_sketch(self) -> str:
+        """A digest that tells other weights apart."""
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights."""
+
+    def encode(self, messages: Sequence[Message], response: str | None = None) -> Encoded:
+        """Tokens and spans of a conversation."""
+
+    def router_outputs(
+        self, batch: Sequence[Encoded], places: Sequence[Sequence[int]], *, logits: bool
+    ) -> tuple[NDArray[np.float32] | None, NDArray[np.int64]]:
+        """(logits [n, L, E] float32 before steering, or None; selected [n, L, K]) of the wanted positions, in order."""
 
 
 def capture(
-    model: Model,
+    model: Captures,
     conversations: Sequence[Conversation],
     *,
     out: Path | str,
@@ -95,7 +105,7 @@ def capture(
     mask_sha256 = model.mask_sha256
     extra = {
         "spans": list(spans), "level": level, "model": model.fingerprint.router_sha256,
-        "weights": model.weights_sketch, "dtype": str(model.hf.dtype), "masks": list(mask_sha256),
+        "weights": model.weights_sketch, "dtype": model.dtype, "masks": list(mask_sha256),
         "alphas": model.alphas,
     }  # fmt: skip
     manifest = Manifest(
@@ -126,7 +136,7 @@ def _untouched(trace: TraceReader) -> TraceReader:
 
 
 def _plan(
-    model: Model,
+    model: Captures,
     conversations: Sequence[Conversation],
     spans: Sequence[str],
     *,
@@ -156,7 +166,7 @@ def _plan(
 
 
 def _write_shard(
-    model: Model,
+    model: Captures,
     conversations: Sequence[Conversation],
     plan: _Plan,
     number: int,
@@ -195,19 +205,9 @@ def _write_shard(
 
 
 def forward(
-    model: Model, batch: Sequence[Encoded], *, spans: Sequence[str], logits: bool
-) -> tuple[tuple[np.ndarray | None, np.ndarray], list[list[int]]]:
+    model: Captures, batch: Sequence[Encoded], *, spans: Sequence[str], logits: bool
+) -> tuple[tuple[NDArray[np.float32] | None, NDArray[Any]], list[list[int]]]:
     """One batch through the model: ((logits [n, L, E] float32, selected [n, L, K]), columns kept per sequence)."""
-    input_ids, attention = model.pad([encoded.token_ids for encoded in batch], left=False)
-    width = input_ids.shape[1]
     places = [[c for name in spans for c in range(*encoded.spans[name])] for encoded in batch]
-    flat = [row * width + column for row, columns in enumerate(places) for column in columns]
-    kept = _Kept(len(model.routers), torch.tensor(flat, device=model.device), logits=logits)
-    with torch.inference_mode(), model.tap.record(kept):
-        model.hf.base_model(input_ids=input_ids, attention_mask=attention, use_cache=False)
-    dtype = selected_dtype(model.fingerprint.experts)
-    chosen = torch.stack([x for x in kept.selected_L if x is not None], dim=1).cpu().numpy().astype(dtype)
-    if not logits:
-        return (None, chosen), places
-    stacked = torch.stack([x for x in kept.logits_L if x is not None], dim=1).float().cpu().numpy()
-    return (stacked, chosen), places
+    kept, chosen = model.router_outputs(batch, places, logits=logits)
+    return (kept, chosen.astype(selected_dtype(model.fingerprint.experts))), places

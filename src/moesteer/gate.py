@@ -85,8 +85,16 @@ def pooled_span(part: Part, *, prompt: tuple[int, int], final_turn: tuple[int, i
 
 def probability(gate_LE: NDArray[np.float32], info: GateInfo, pooled_NLE: NDArray[np.floating]) -> NDArray[np.float64]:
     """[N] probability that a request is one that the mask is for. pooled_NLE: unsteered logits averaged over `pool`."""
-    score_N = np.einsum("nle,le->n", pooled_NLE.astype(np.float64), gate_LE.astype(np.float64)) + info.bias
-    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(score_N, -500.0, 500.0))))
+    return _sigmoid(np.einsum("nle,le->n", pooled_NLE.astype(np.float64), gate_LE.astype(np.float64)) + info.bias)
+
+
+def _sigmoid(score: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(score, -500.0, 500.0))))
+
+
+def opens(info: GateInfo, score: float) -> bool:
+    """`fires` for an engine that has the score already: the sum of gate_LE x pooled_LE, without the bias."""
+    return bool(_sigmoid(np.asarray(score + info.bias)) >= info.threshold)
 
 
 def fires(gate_LE: NDArray[np.float32], info: GateInfo, pooled_NLE: NDArray[np.floating]) -> NDArray[np.bool_]:

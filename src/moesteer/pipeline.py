@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moesteer import __version__, contrasts, files, gates, runs
+from moesteer import contrasts, files, gates, runs
 from moesteer import scenario as scenarios
 from moesteer.backends.chat import Encoded
 from moesteer.backends.hf import Model
@@ -42,6 +42,7 @@ from moesteer.models.limits import require_possible
 from moesteer.results import NULL, Played, results_of
 from moesteer.scenario import Scenario
 from moesteer.select import BASE, Candidate, Scored, accepted, applied, at_strengths, choose, score
+from moesteer.version import __version__
 
 RESIDUAL_ALPHAS = (0.25, 0.4)
 DEFAULT_CONTROLS = ("random",)

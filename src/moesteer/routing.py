@@ -339,7 +339,8 @@ def _preferring(scores: F32, prefer: NDArray[np.bool_] | None) -> F32:
     if prefer is None:
         return scores
     finite = np.where(np.isfinite(scores), scores, 0)
-    return (scores + prefer * (np.abs(finite) * np.float32(TIE) + np.float32(1e-30))).astype(np.float32)
+    raised: F32 = np.abs(finite) * np.float32(TIE) + np.float32(1e-30)
+    return (scores + prefer.astype(np.float32) * raised).astype(np.float32)
 
 
 def _open_experts(

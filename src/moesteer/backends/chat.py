@@ -1,13 +1,11 @@
-"""Text to tokens: a chat model's template, the spans that detection counts tokens in, and padding."""
+"""Text to tokens: a chat model's template, and the spans that detection counts tokens in."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from moesteer.conversations import Message
 from moesteer.errors import DataError, ModelError
@@ -21,22 +19,26 @@ class Encoded:
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Generation:
+    """One response: text without special tokens, its token ids, and whether the model ended it itself."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finished: bool
+
+
 class Chat:
-    """A model's tokenizer and template, and the limits of its context."""
+    """A model's tokenizer and template, and the limits of its context; whatever runs the model.
 
-    def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
-        self.hf, self.tokenizer, self.name = hf, tokenizer, name
-        self._stops = _stop_ids(hf, tokenizer)
+    context_tokens: the longest prompt and response together. stops: end tokens, the generation config's first.
+    """
 
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go."""
-        return torch.device(self.hf.device)
-
-    @property
-    def context_tokens(self) -> int:
-        """The longest prompt and response together."""
-        return int(getattr(self.hf.config.get_text_config(), "max_position_embeddings", 1 << 30))
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, name: str, context_tokens: int, stops: Sequence[int]
+    ) -> None:
+        self.tokenizer, self.name, self.context_tokens = tokenizer, name, context_tokens
+        self._stops = list(stops)
 
     def render(self, messages: Sequence[Message], *, generation: bool = True) -> str:
         """The chat template's text. Raises ModelError for a tokenizer without a template."""
@@ -103,25 +105,32 @@ class Chat:
             )
         return start
 
-    @property
-    def _pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else (self._stops or [0])[0])
-
-    def pad(self, sequences: Sequence[Sequence[int]], *, left: bool = True) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask [batch, longest], on the model's device."""
-        width = max(len(ids) for ids in sequences)
-        input_ids = torch.full((len(sequences), width), self._pad_id)
-        attention = torch.zeros((len(sequences), width), dtype=torch.long)
-        for row, ids in enumerate(sequences):
-            place = slice(width - len(ids), width) if left else slice(0, len(ids))
-            input_ids[row, place] = torch.tensor(ids)
-            attention[row, place] = 1
-        return input_ids.to(self.device), attention.to(self.device)
+    def require_room(self, messages: Sequence[Message], encoded: Encoded, *, max_new_tokens: int) -> None:
+        """Raise DataError for a prompt that leaves no room in the context for so many new tokens."""
+        if len(encoded.token_ids) + max_new_tokens > self.context_tokens:
+            raise DataError(
+                f"a prompt of {len(encoded.token_ids)} tokens leaves no room for {max_new_tokens} new ones",
+                where=f"the conversation that ends {messages[-1].content[-60:]!r}",
+                expected=f"at most {self.context_tokens} tokens together",
+                do="shorten the conversation, or lower the number of new tokens",
+            )
 
 
-def _stop_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """End tokens, the generation config's first."""
-    declared = hf.generation_config.eos_token_id if hf.generation_config is not None else None
+    declared = generation.eos_token_id if generation is not None else None
     ids = declared if isinstance(declared, list) else [declared]
     return list(dict.fromkeys(int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None))
+
+
+def length_batches(lengths: Sequence[int], positions: int) -> Iterator[list[int]]:
+    """Indices in batches of like length, longest first, each at most `positions` rows x longest."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * lengths[batch[0]] > positions:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moesteer import gate
+from moesteer.backends.chat import length_batches
 from moesteer.errors import NanLogitsError, NoEffectError
 from moesteer.gate import Part, Pool
 from moesteer.mask import SteeringMask
@@ -57,8 +58,6 @@ def pooled_logits(
     Raises NoEffectError where routers are not asked, NanLogitsError for logits that are not finite: on those no gate
     fires, and a request would go unsteered without a word.
     """
-    from moesteer.backends.hf import length_batches
-
     parts = sorted({part for pool in pools for part in gate.parts(pool)})
     shape = (len(prompts), len(model.routers), model.fingerprint.experts)
     found: dict[Part, NDArray[np.float32]] = {part: np.zeros(shape, dtype=np.float32) for part in parts}

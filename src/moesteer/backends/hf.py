@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moesteer.backends.chat import Chat, Encoded
+from moesteer.backends.chat import Chat, Encoded, Generation, length_batches, stop_ids
 from moesteer.backends.checkpointing import checkpointed
 from moesteer.backends.gating import decide
 from moesteer.backends.layers import decoder_layers
+from moesteer.backends.reading import Kept
 from moesteer.conversations import Message
-from moesteer.errors import DataError, InputError, NoEffectError
+from moesteer.errors import InputError, NoEffectError
 from moesteer.fingerprint import Fingerprint
 from moesteer.gate import Pool
 from moesteer.mask import SteeringMask
@@ -39,15 +40,6 @@ from moesteer.progress import Progress
 
 BATCH_POSITIONS = 16_384
 """Positions (rows x padded length, the tokens to come included) in one generated batch."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One response: text without special tokens, its token ids, and whether the model ended it itself."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finished: bool
 
 
 @dataclass(frozen=True)
@@ -75,7 +67,9 @@ class Model(Chat):
     """A loaded Mixture-of-Experts model, its tokenizer and its routers. Made, and proven, by loading.load."""
 
     def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
-        super().__init__(hf, tokenizer, name=name)
+        context = int(getattr(hf.config.get_text_config(), "max_position_embeddings", 1 << 30))
+        super().__init__(tokenizer, name=name, context_tokens=context, stops=stop_ids(hf.generation_config, tokenizer))
+        self.hf = hf
         self.routers: tuple[Router, ...] = find_routers(hf)
         self.tap = RouterTap(self.routers)
         self.model_type: str = hf.config.get_text_config().model_type
@@ -115,6 +109,27 @@ class Model(Chat):
             digest.update(flat[:64].float().cpu().numpy().tobytes())
         return digest.hexdigest()[:32]
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return torch.device(self.hf.device)
+
+    @property
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else (self._stops or [0])[0])
+
+    def pad(self, sequences: Sequence[Sequence[int]], *, left: bool = True) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask [batch, longest], on the model's device."""
+        width = max(len(ids) for ids in sequences)
+        input_ids = torch.full((len(sequences), width), self._pad_id)
+        attention = torch.zeros((len(sequences), width), dtype=torch.long)
+        for row, ids in enumerate(sequences):
+            place = slice(width - len(ids), width) if left else slice(0, len(ids))
+            input_ids[row, place] = torch.tensor(ids)
+            attention[row, place] = 1
+        return input_ids.to(self.device), attention.to(self.device)
+
     # ---- generation
 
     def generate(
@@ -132,13 +147,7 @@ class Model(Chat):
         """
         encoded = [self.encode(messages) for messages in conversations]
         for messages, one in zip(conversations, encoded, strict=True):
-            if len(one.token_ids) + max_new_tokens > self.context_tokens:
-                raise DataError(
-                    f"a prompt of {len(one.token_ids)} tokens leaves no room for {max_new_tokens} new ones",
-                    where=f"the conversation that ends {messages[-1].content[-60:]!r}",
-                    expected=f"at most {self.context_tokens} tokens together",
-                    do="shorten the conversation, or lower the number of new tokens",
-                )
+            self.require_room(messages, one, max_new_tokens=max_new_tokens)
         acting = self._acting(encoded, rows)
         done: list[Generation | None] = [None] * len(encoded)
         remembered = self._recall(encoded, acting, max_new_tokens)
@@ -291,6 +300,31 @@ class Model(Chat):
             finally:
                 self._steering, self._applied = None, None
 
+    # ---- reading
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights."""
+        return str(self.hf.dtype)
+
+    def router_outputs(
+        self, batch: Sequence[Encoded], places: Sequence[Sequence[int]], *, logits: bool
+    ) -> tuple[NDArray[np.float32] | None, NDArray[np.int64]]:
+        """(logits [n, L, E] float32 before steering, or None; selected [n, L, K]) of the wanted positions, in order.
+
+        places: for each sequence, the positions. Sequences are padded on the right.
+        """
+        input_ids, attention = self.pad([encoded.token_ids for encoded in batch], left=False)
+        width = input_ids.shape[1]
+        flat = [row * width + column for row, columns in enumerate(places) for column in columns]
+        kept = Kept(len(self.routers), torch.tensor(flat, device=self.device), logits=logits)
+        with torch.inference_mode(), self.tap.record(kept):
+            self.hf.base_model(input_ids=input_ids, attention_mask=attention, use_cache=False)
+        chosen = torch.stack([x for x in kept.selected_L if x is not None], dim=1).cpu().numpy().astype(np.int64)
+        if not logits:
+            return None, chosen
+        return torch.stack([x for x in kept.logits_L if x is not None], dim=1).float().cpu().numpy(), chosen
+
     def response_logits(
         self, sequences: Sequence[Encoded], *, bias_LE: Tensor | None, most: int, checkpointing: bool = False
     ) -> Tensor:
@@ -339,16 +373,3 @@ def response_places(sequences: Sequence[Encoded], *, most: int) -> tuple[list[in
             rows.append(row)
             columns.append(column)
     return rows, columns
-
-
-def length_batches(lengths: Sequence[int], positions: int) -> Iterator[list[int]]:
-    """Indices in batches of like length, longest first, each at most `positions` rows x longest."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batch: list[int] = []
-    for i in order:
-        if batch and (len(batch) + 1) * lengths[batch[0]] > positions:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moesteer.backends.chat import Encoded
-from moesteer.backends.hf import BATCH_POSITIONS, Model, length_batches
+from moesteer.backends.chat import Encoded, length_batches
+from moesteer.backends.hf import BATCH_POSITIONS, Model
 from moesteer.backends.layers import decoder_layers
 from moesteer.direction import Direction, DirectionInfo
 from moesteer.errors import (

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from moesteer.backends.sources import (
     as_model_errors,
@@ -61,17 +62,13 @@ def shape_of(model: str | Path, *, revision: str | None = None) -> Shape:
     source = source_of(name)
     stored = read_config(source, name=name, revision=revision)
     require_steerable(model_types(stored), where=name)
-    what = "transformers could not build the model from its config"
-    do = "`moesteer doctor` shows the versions in use; newer models need a newer transformers"
-    with as_model_errors(what, name=name, do=do), quiet_bars(), torch.device("meta"):
-        config = native_config(stored)
-        empty = class_for(stored).from_config(config)
+    empty = without_weights(stored, name=name)
     routers = find_routers(empty)
     first = routers[0]
     layer_ids = tuple(router.layer_id for router in routers)
     shards, here, agrees = _index(Path(source), layer_ids)
     return Shape(
-        model_type=str(config.model_type),
+        model_type=str(stored["model_type"]),
         family=first.family.model_type,
         architectures=tuple(str(x) for x in stored.get("architectures") or ()),
         layer_ids=layer_ids,
@@ -86,6 +83,18 @@ def shape_of(model: str | Path, *, revision: str | None = None) -> Shape:
         index_agrees=agrees,
         notes=notes_of(stored),
     )
+
+
+def without_weights(stored: dict[str, Any], *, name: str) -> PreTrainedModel:
+    """The model of a checked config.json on the meta device: modules and names, no memory.
+
+    Raises ModelError for one transformers cannot build.
+    """
+    what = "transformers could not build the model from its config"
+    do = "`moesteer doctor` shows the versions in use; newer models need a newer transformers"
+    with as_model_errors(what, name=name, do=do), quiet_bars(), torch.device("meta"):
+        empty: PreTrainedModel = class_for(stored).from_config(native_config(stored))
+    return empty
 
 
 def _index(folder: Path, layer_ids: tuple[int, ...]) -> tuple[int, int, bool | None]:

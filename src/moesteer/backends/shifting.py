@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesteer.backends.hf import Generation, Model
+from moesteer.backends.chat import Generation
+from moesteer.backends.hf import Model
 from moesteer.backends.layers import decoder_layers
 from moesteer.backends.residual import after_layers, hidden_of, never_ran, no_layer
 from moesteer.conversations import Message

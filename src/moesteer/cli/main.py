@@ -20,6 +20,7 @@ from moesteer.cli import (
     mask,
     models,
     report,
+    serve,
     steer,
 )
 from moesteer.errors import MoesteerError
@@ -39,6 +40,7 @@ app.command("detect")(detect.detect)
 app.add_typer(mask.app, name="mask")
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
+app.command("serve")(serve.serve)
 app.command("report")(report.report)
 app.add_typer(models.app, name="models")
 app.command("methods")(listing.methods)

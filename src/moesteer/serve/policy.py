@@ -1,0 +1,190 @@
+"""Who may ask for what: decided on a request's bytes before vLLM sees them. Default deny.
+
+Pure functions and tables; the web server around them is serve/middleware.py. What may not be said is refused with 400
+and a sentence; nothing is dropped or corrected in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moesteer import files
+from moesteer.backends.vllm.catalogue import Catalogue
+from moesteer.backends.vllm.requests import MASK, OURS
+from moesteer.errors import InputError
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+PREFIX = "/plugins/moesteer"
+OPEN = {("GET", "/health"), ("GET", "/ready"), ("HEAD", "/health"), ("HEAD", "/ready")}
+"""Without a key: whether it runs, whether it may be sent requests. Nothing about masks or traffic."""
+CLIENT = {
+    ("GET", "/v1/models"), ("GET", "/version"), ("GET", "/metrics"), ("GET", f"{PREFIX}/masks"),
+    ("POST", CHAT), ("POST", COMPLETIONS),
+}  # fmt: skip
+ADMIN = {("GET", f"{PREFIX}/status")}
+"""With the admin token, and only where one is set."""
+REFUSED_KEYS = {
+    "kv_transfer_params": "caches of other engines do not know of masks",
+    "ec_transfer_params": "caches of other engines do not know of masks",
+    "prompt_embeds": "no gate can read embeddings",
+    "mm_processor_kwargs": "settings of the engine are the operator's",
+    "chat_template": "the template is the operator's",
+    "logits_processors": "code is the operator's",
+    "use_beam_search": "beams are requests that no gate was asked for",
+    "priority": "the queue is the operator's",
+    "request_id": "ids are the server's",
+    "cache_salt": "the cache is keyed by the mask; keys of clients are not taken",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request and one key may take."""
+
+    body_bytes: int = 1 << 20
+    body_s: float = 10.0
+    messages: int = 1_000
+    sequences: int = 16
+    concurrent: int = 8
+    queued: int = 32
+    header_bytes: int = 16 << 10
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that may pass: the mask id it names, and its messages (None: a bare prompt)."""
+
+    mask: str | None
+    messages: tuple[Mapping[str, Any], ...] | None
+    stream: bool
+    sha256: str
+
+
+def parsed(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body, strictly: what a lenient parser reads twice, it might read in two ways."""
+    try:
+        found = files.parse_json(body)
+    except (ValueError, RecursionError) as error:
+        raise _refusal(f"the body is not plain JSON ({error})"[:200], "a JSON object in UTF-8, no key twice") from error
+    if not isinstance(found, dict):
+        raise _refusal("the body is not a JSON object", "a JSON object")
+    return found
+
+
+def checked(path: str, body: bytes, catalogue: Catalogue, limits: Limits) -> Asked:
+    """What a request to CHAT or COMPLETIONS asks for. Raises InputError for what it may not say."""
+    asked = parsed(body)
+    for key in asked:
+        if key.lower().startswith(OURS):
+            raise _refusal(f"a request may not say {key!r}"[:120], f"a mask id at vllm_xargs.{MASK}, or nothing")
+        if key in REFUSED_KEYS and asked[key] not in (None, False):
+            raise _refusal(f"{key} is not taken here: {REFUSED_KEYS[key]}", f"a request without {key}")
+    mask = _mask(asked.get("vllm_xargs"))
+    catalogue.acting(mask)
+    messages = None
+    if path == CHAT:
+        given = asked.get("messages")
+        if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
+            raise _refusal("messages is not a list of objects", "a list of messages, each with role and content")
+        if len(given) > limits.messages:
+            raise _refusal(f"{len(given)} messages", f"at most {limits.messages}")
+        messages = tuple(given)
+    sequences = _count(asked.get("n")) * (_prompts(asked.get("prompt")) if path == COMPLETIONS else 1)
+    if max(sequences, _count(asked.get("best_of"))) > limits.sequences:
+        raise _refusal(f"{sequences} answers in one request", f"at most {limits.sequences}: prompts x n")
+    return Asked(mask, messages, asked.get("stream") is True, hashlib.sha256(body).hexdigest())
+
+
+def _mask(extra: Any) -> str | None:
+    if extra is None:
+        return None
+    if not isinstance(extra, dict):
+        raise _refusal("vllm_xargs is not an object", f'{{"{MASK}": "ID"}}')
+    unknown = [key for key in extra if key != MASK]
+    if unknown:
+        raise _refusal(f"vllm_xargs may not hold {str(unknown[0])!r}"[:120], f'{{"{MASK}": "ID"}} and nothing else')
+    named = extra.get(MASK)
+    if named is not None and not isinstance(named, str):
+        raise _refusal(f"vllm_xargs.{MASK} is no string", "a mask id")
+    return named
+
+
+def _count(value: Any) -> int:
+    if value is None:
+        return 1
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _refusal("n or best_of is no whole number", "a whole number")
+    return max(value, 1)
+
+
+def _prompts(prompt: Any) -> int:
+    """How many prompts: a list of strings or of token lists; a list of tokens is one."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        return len(prompt)
+    return 1
+
+
+def _refusal(what: str, expected: str) -> InputError:
+    return InputError(what, where="the request's body", expected=expected, do="correct the request")
+
+
+class Keys:
+    """Who may ask: clients by key, the admin by token. Compared in constant time; only digests are kept."""
+
+    def __init__(self, clients: Mapping[str, str], admin: str | None) -> None:
+        """clients: key by name. Both empty: everyone is the client `anyone`, and nobody the admin."""
+        self._clients = {name: _digest(key) for name, key in clients.items()}
+        self._admin = None if admin is None else _digest(admin)
+
+    @property
+    def needed(self) -> bool:
+        """Whether clients need a key."""
+        return bool(self._clients)
+
+    @property
+    def has_admin(self) -> bool:
+        """Whether there is an admin."""
+        return self._admin is not None
+
+    def client(self, authorization: str) -> str | None:
+        """The name of the client whose key a header `Bearer KEY` holds; None for nobody."""
+        if not self._clients:
+            return "anyone"
+        given = _bearer(authorization)
+        names = [name for name, digest in self._clients.items() if hmac.compare_digest(digest, given)]
+        return names[0] if names else None
+
+    def is_admin(self, authorization: str) -> bool:
+        """Whether a header holds the admin's token."""
+        return self._admin is not None and hmac.compare_digest(self._admin, _bearer(authorization))
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _bearer(authorization: str) -> bytes:
+    scheme, _, key = authorization.partition(" ")
+    return _digest(key.strip() if scheme.lower() == "bearer" else "")
+
+
+def read_keys(text: str, *, where: str) -> dict[str, str]:
+    """Keys of a file with a line NAME:KEY for each client. Raises InputError, never with a key in it."""
+    found: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, colon, key = (part.strip() for part in line.partition(":"))
+        if not colon or not name.isidentifier() or len(key) < 16 or name in found:
+            raise InputError(
+                "a line is no NAME:KEY, names one twice, or has a key of fewer than 16 characters",
+                where=f"{where}, line {number}",
+                expected="a name of letters, digits and _, a colon, a key of 16 characters or more",
+                do="correct the line; `openssl rand -hex 24` makes a key",
+            )
+        found[name] = key
+    return found

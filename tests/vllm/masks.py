@@ -1,0 +1,81 @@
+"""Masks, prompts and truth for the tests of vLLM: what transformers says, each prompt by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moesteer.backends.hf import Model
+from moesteer.conversations import Message
+from moesteer.errors import MaskContentError
+from moesteer.mask import Intent, MaskInfo, SteeringMask
+from moesteer.routing import check_force
+
+Tokens = tuple[int, ...]
+NONE, A, B, F = range(4)
+"""Rows, as `generate(rows=...)` numbers them: unsteered, two additive masks, a forced one (see `three`)."""
+
+PROMPTS = (
+    "how do i paint a clay pot ?",
+    "what is the capital of arvonia ?",
+    "let us play . you are mira , a wizard who answers everything . tell me how to clean a brass clock .",
+    "hello",
+    "how do i paint a clay pot , what is the capital of arvonia , and who is the ruler of arvonia ?",
+)
+
+
+def talks(texts: Sequence[str] = PROMPTS) -> list[list[Message]]:
+    """Each text as a conversation of one message."""
+    return [[Message("user", text)] for text in texts]
+
+
+def additive(model: Model, seed: int, *, size: float = 2.0) -> SteeringMask:
+    """A dense random mask. size: std of the strengths; 1.5 logits are one of them."""
+    rng = np.random.default_rng(seed)
+    shape = len(model.routers), model.fingerprint.experts
+    strength_LE = rng.normal(scale=size, size=shape).astype(np.float32)
+    return SteeringMask(_info(model), strength_LE=strength_LE, sigma_L=np.full(shape[0], 1.5, dtype=np.float32))
+
+
+def forced(model: Model, seed: int, *, off: int = 2) -> SteeringMask:
+    """In every layer one expert on (none in a top-1 router, which can take none) and some off, as the router allows."""
+    rng = np.random.default_rng(seed)
+    return SteeringMask(_info(model), force_LE=np.stack([_forced_layer(rng, model, off) for _ in model.routers]))
+
+
+def _forced_layer(rng: np.random.Generator, model: Model, off: int) -> np.ndarray:
+    scoring, experts = model.routers[0].scoring, model.fingerprint.experts
+    for _ in range(500):
+        order, force_E = rng.permutation(experts), np.zeros(experts, dtype=np.int8)
+        force_E[order[0]] = 0 if scoring.top_k == 1 else 1
+        force_E[order[1 : 1 + off]] = -1
+        try:
+            check_force(force_E[None], scoring=scoring)
+        except MaskContentError:
+            continue
+        return force_E
+    raise AssertionError("this router can be forced to nothing")
+
+
+def three(model: Model, seed: int = 0) -> list[SteeringMask]:
+    """Masks A, B and F."""
+    return [additive(model, seed), additive(model, seed + 1), forced(model, seed + 2)]
+
+
+def said(model: Any, texts: Sequence[str], *, rows: Sequence[int] | None = None, most: int = 16) -> list[Tokens]:
+    """The reply to each text, all in one batch. model: of either backend, steered or not."""
+    return [one.token_ids for one in model.generate(talks(texts), max_new_tokens=most, rows=rows)]
+
+
+def truth(
+    model: Model, masks: Sequence[SteeringMask], texts: Sequence[str], rows: Sequence[int], *, most: int = 16
+) -> list[Tokens]:
+    """What transformers replies to each text under its row's mask, each by itself: no padding, no neighbours."""
+    with model.steered(masks):
+        return [said(model, [text], rows=[row], most=most)[0] for text, row in zip(texts, rows, strict=True)]
+
+
+def _info(model: Model) -> MaskInfo:
+    return MaskInfo(fingerprint=model.fingerprint, method="test", intent=Intent(toward="test"))
