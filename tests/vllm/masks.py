@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
 from moesteer.backends.hf import Model
+from moesteer.backends.vllm.model import VllmModel
+from moesteer.backends.vllm.model import load as start
 from moesteer.conversations import Message
 from moesteer.errors import MaskContentError
 from moesteer.mask import Intent, MaskInfo, SteeringMask
@@ -64,6 +70,19 @@ def three(model: Model, seed: int = 0) -> list[SteeringMask]:
     return [additive(model, seed), additive(model, seed + 1), forced(model, seed + 2)]
 
 
+def three_that_matter(
+    model: Model, texts: Sequence[str], rows: Sequence[int], *, most: int = 16
+) -> tuple[list[SteeringMask], list[Tokens], list[Tokens]]:
+    """(masks A, B and F, each changing the replies it steers; unsteered replies; steered ones), or tests prove nothing."""
+    plain = truth(model, (), texts, [NONE] * len(texts), most=most)
+    for seed in range(0, 90, 3):
+        masks = three(model, seed)
+        steered = truth(model, masks, texts, rows, most=most)
+        if all((a != b) == bool(row) for a, b, row in zip(plain, steered, rows, strict=True)):
+            return masks, plain, steered
+    raise AssertionError("no masks matter to all of these texts")
+
+
 def said(model: Any, texts: Sequence[str], *, rows: Sequence[int] | None = None, most: int = 16) -> list[Tokens]:
     """The reply to each text, all in one batch. model: of either backend, steered or not."""
     return [one.token_ids for one in model.generate(talks(texts), max_new_tokens=most, rows=rows)]
@@ -73,8 +92,29 @@ def truth(
     model: Model, masks: Sequence[SteeringMask], texts: Sequence[str], rows: Sequence[int], *, most: int = 16
 ) -> list[Tokens]:
     """What transformers replies to each text under its row's mask, each by itself: no padding, no neighbours."""
-    with model.steered(masks):
+    with model.steered(masks) if masks else nullcontext():
         return [said(model, [text], rows=[row], most=most)[0] for text, row in zip(texts, rows, strict=True)]
+
+
+@contextmanager
+def engine(
+    source: str | Path, masks: Sequence[SteeringMask] = (), *, processes: bool = False, **options: Any
+) -> Iterator[VllmModel]:
+    """An engine whose masks are told apart by row. options: of `load` (capture, ...) and, as `options`, of vLLM.
+
+    processes: as vLLM runs by default, in processes of its own: 15 s to start. Else all in this one: 2 s.
+    """
+    from vllm import envs
+
+    more = {} if processes else {"distributed_executor_backend": "uni"}
+    options["options"] = {**more, **options.get("options", {})}
+    envs.disable_envs_cache()  # an engine in this process has frozen what it found
+    with patch.dict(os.environ, {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes))}):
+        model = start(source, masks=masks, **{"together": False, **options})
+        try:
+            yield model
+        finally:
+            model.close()
 
 
 def _info(model: Model) -> MaskInfo:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 import typer
 
 from moesteer.cli import show
-from moesteer.cli.options import Device, Dtype, Json, ModelArgument, Quantize
+from moesteer.cli.options import (
+    Backend,
+    Device,
+    Dtype,
+    EngineOptions,
+    Json,
+    ModelArgument,
+    Quantize,
+    engine_options,
+)
+from moesteer.errors import UnknownNameError
 
 
 def capture(
@@ -26,6 +36,8 @@ def capture(
     dtype: Dtype = "auto",
     device: Device = "auto",
     quantize: Quantize = None,
+    backend: Backend = "hf",
+    engine_option: EngineOptions = None,
     json: Json = False,
 ) -> None:
     """Keep what the routers do on your conversations, in a trace on disk. Killed, it goes on where it was.
@@ -33,15 +45,25 @@ def capture(
     The span `response` is each conversation's `reference`, put to the model word by word.
     """
     from moesteer import conversations, files
-    from moesteer.backends.loading import load
+    from moesteer.backends.opening import opened, require_backend
     from moesteer.capturing import capture as to_trace
 
+    if level not in ("logits", "selected"):
+        raise UnknownNameError(
+            f"no level {level!r}", where="--level", expected="logits, selected", do="name one of these"
+        )
+    kept = cast(Literal["logits", "selected"], level)
+    options = engine_options(engine_option)
+    require_backend(backend, device=device, quantize=quantize, engine_options=options)
     show.quiet_transformers()
     rows = conversations.read(data, limit=limit)
-    trace = to_trace(
-        load(model, dtype=dtype, device=device, quantize=quantize), rows, out=out,
-        spans=tuple(span or ["final_user"]), level=level,  # type: ignore[arg-type]
-    )  # fmt: skip
+    with opened(
+        model, backend=backend, capture=kept, dtype=dtype, device=device, quantize=quantize, engine_options=options
+    ) as loaded:
+        trace = to_trace(
+            loaded, rows, out=out, level=kept,
+            spans=tuple(span or ["final_user"]),  # type: ignore[arg-type]
+        )  # fmt: skip
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     facts = {
         "trace": str(out), "sequences": len(trace.rows), "tokens": trace.manifest.tokens,

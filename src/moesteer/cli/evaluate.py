@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 from rich.table import Table
@@ -11,8 +11,10 @@ from rich.table import Table
 from moesteer.cli import show
 from moesteer.cli.options import (
     Alphas,
+    Backend,
     Device,
     Dtype,
+    EngineOptions,
     Json,
     Limit,
     MaskFiles,
@@ -20,6 +22,7 @@ from moesteer.cli.options import (
     OtherCheckpoint,
     Quantize,
     Seed,
+    engine_options,
 )
 from moesteer.errors import UnknownNameError
 
@@ -42,12 +45,14 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     quantize: Quantize = None,
+    backend: Backend = "hf",
+    engine_option: EngineOptions = None,
     json: Json = False,
 ) -> None:
     """Play a scenario's suites, unsteered and with a mask, and compare them pair by pair."""
     from moesteer import runs
     from moesteer import scenario as scenarios
-    from moesteer.backends.loading import load
+    from moesteer.backends.opening import opened, require_backend
     from moesteer.evaluate.suite import chosen_suites
     from moesteer.evaluate.suite import evaluate as run
     from moesteer.mask import SteeringMask
@@ -56,34 +61,42 @@ def evaluate(
         raise UnknownNameError(
             f"no split {split!r}", where="--split", expected="fit, select, test", do="name one of these"
         )
+    options = engine_options(engine_option)
+    require_backend(backend, device=device, quantize=quantize, engine_options=options)
     show.quiet_transformers()
     whole = scenarios.load(scenario)
     part = chosen_suites(whole, suite or [])
     masks = [SteeringMask.load(path) for path in mask or []]
     strengths = show.strengths(alpha, masks=len(masks))
-    loaded = load(model, dtype=dtype, device=device, quantize=quantize)
-    contexts = {}
-    if masks:
-        contexts["steered"] = loaded.steered(
-            masks, alphas=strengths, together=True, allow_other_checkpoint=allow_other_checkpoint
-        )
     data = scenarios.splits(whole, seed=seed, limit=limit)
-    plan = {
-        "model": model, "weights": loaded.weights_sketch, "scenario": part.model_dump(mode="json"), "split": split,
+    plan: dict[str, Any] = {
+        "model": model, "scenario": part.model_dump(mode="json"), "split": split,
         "masks": [one.sha256 for one in masks], "alphas": strengths, "seed": seed, "limit": limit,
         "data": runs.data_digest(data),
     }  # fmt: skip
     where = cast(scenarios.Split, split)
-    found = run(loaded, part, data, where, steered=contexts, out=out, plan=plan, seed=seed)
+    with opened(
+        model, backend=backend, masks=masks, alphas=strengths, dtype=dtype, device=device, quantize=quantize,
+        engine_options=options, allow_other_checkpoint=allow_other_checkpoint,
+    ) as loaded:  # fmt: skip
+        contexts = {}
+        if masks:
+            contexts["steered"] = loaded.steered(
+                masks, alphas=strengths, together=True, allow_other_checkpoint=allow_other_checkpoint
+            )
+        plan["weights"] = loaded.weights_sketch
+        if backend != "hf":  # whose plans, of earlier versions too, name none
+            plan |= {"backend": backend, "engine_options": options, "dtype": loaded.dtype}
+        found = run(loaded, part, data, where, steered=contexts, out=out, plan=plan, seed=seed)
     if json:
         show.print_json(found)
         return
     table = Table(title=f"{whole.title}: {split} split, per cent with 95 % intervals")
-    for column in ("metric", "n", "unsteered", *(["steered", "difference", "p"] if contexts else [])):
+    for column in ("metric", "n", "unsteered", *(["steered", "difference", "p"] if masks else [])):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, rate in found["methods"]["none"]["metrics"].items():
         cells = [name.replace("_", " "), str(rate["n"]), show.percent(rate)]
-        if contexts:
+        if masks:
             after = found["methods"]["steered"]
             gap = after["vs_none"][name]
             moved = "-" if gap["difference"] is None else f"{100 * gap['difference']:+.1f} points"

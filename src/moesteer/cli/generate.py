@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from moesteer.cli import show
-from moesteer.cli.options import Alphas, Device, Dtype, Json, MaskFiles, ModelArgument, OtherCheckpoint, Quantize
+from moesteer.cli.options import (
+    Alphas,
+    Backend,
+    Device,
+    Dtype,
+    EngineOptions,
+    Json,
+    MaskFiles,
+    ModelArgument,
+    OtherCheckpoint,
+    Quantize,
+    engine_options,
+)
 from moesteer.errors import InputError
 
 
@@ -28,11 +40,13 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     quantize: Quantize = None,
+    backend: Backend = "hf",
+    engine_option: EngineOptions = None,
     json: Json = False,
 ) -> None:
     """Answer prompts greedily, steered by a mask or not; with a mask, both answers are shown."""
     from moesteer import conversations
-    from moesteer.backends.loading import load
+    from moesteer.backends.opening import opened, require_backend
     from moesteer.conversations import Message
     from moesteer.mask import SteeringMask
     from moesteer.side_by_side import answer
@@ -44,16 +58,22 @@ def generate(
             expected="one of the two",
             do='for example: moesteer generate lab-tiny --prompt "how do i paint a clay pot ?"',
         )
+    options = engine_options(engine_option)
+    require_backend(backend, device=device, quantize=quantize, engine_options=options)
     masks = [SteeringMask.load(path) for path in mask or []]
     strengths = show.strengths(alpha, masks=len(masks))
     show.quiet_transformers()
     asked = (
         [list(c.messages) for c in conversations.read(data)] if data else [[Message("user", p)] for p in prompt or []]
     )
-    found = answer(
-        load(model, dtype=dtype, device=device, quantize=quantize), asked, masks=masks, alphas=strengths,
-        max_new_tokens=max_new_tokens, allow_other_checkpoint=allow_other_checkpoint,
-    )  # fmt: skip
+    with opened(
+        model, backend=backend, masks=masks, alphas=strengths, dtype=dtype, device=device, quantize=quantize,
+        engine_options=options, allow_other_checkpoint=allow_other_checkpoint,
+    ) as loaded:  # fmt: skip
+        found = answer(
+            loaded, asked, masks=masks, alphas=strengths, max_new_tokens=max_new_tokens,
+            allow_other_checkpoint=allow_other_checkpoint,
+        )  # fmt: skip
     if json:
         show.print_json(found.as_json())
         return

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from moesteer.errors import InputError
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a Hub id, or lab-tiny.", show_default=False)
@@ -25,6 +29,21 @@ Quantize = Annotated[
     str | None,
     typer.Option(help="int8 or int4: experts and linear layers on the way in (by torchao).", show_default=False),
 ]
+Backend = Annotated[
+    str,
+    typer.Option(
+        help="hf: transformers. vllm: an engine of vLLM, with the same answers (pip install 'moesteer[vllm]')."
+    ),
+]
+EngineOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine-option",
+        metavar="KEY=JSON",
+        help="Of vLLM's LLM class, for example tensor_parallel_size=2; repeat. Only with --backend vllm.",
+        show_default=False,
+    ),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in --out and start again.")]
 MaskFiles = Annotated[
     list[Path] | None,
@@ -43,3 +62,24 @@ Alpha = Annotated[
 OtherCheckpoint = Annotated[
     bool, typer.Option("--allow-other-checkpoint", help="Accept router weights other than the mask was made on.")
 ]
+
+
+def engine_options(given: Sequence[str] | None) -> dict[str, Any]:
+    """Values by name from repeated --engine-option KEY=JSON. Raises InputError."""
+    found: dict[str, Any] = {}
+    for text in given or ():
+        key, equals, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        try:
+            if not equals or not key.isidentifier() or key in found:
+                raise ValueError("twice" if key in found else "not KEY=JSON")
+            found[key] = json.loads(value)
+        except ValueError as error:
+            bare = equals and key.isidentifier() and key not in found and value.isidentifier()
+            raise InputError(
+                f"{text!r} is {'given twice' if key in found else 'not KEY=JSON'}",
+                where="--engine-option",
+                expected="each option of vLLM once, with a number, true, false, null or a text in double quotes",
+                do=f"write --engine-option '{key}=\"{value}\"'" if bare else "for example tensor_parallel_size=2",
+            ) from error
+    return found

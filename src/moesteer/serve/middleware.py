@@ -176,7 +176,7 @@ class Policy:
                 if message["status"] >= 500 and self.gated.engine.errored:
                     self.state.reason = "the engine died"
                     message = {**message, "status": 503}
-                line |= {"status": message["status"], "verdict": "passed"}
+                line.update(status=message["status"], verdict="passed")
                 headers = [(n, v) for n, v in message.get("headers", []) if n.lower() != HEADER.lower().encode()]
                 message = {**message, "headers": [*headers, (HEADER.lower().encode(), labels(acting).encode())]}
             await send(message)

@@ -33,6 +33,8 @@ UNSAFE = {
     "VLLM_DEBUG_LOG_API_SERVER_RESPONSE": "answers in the log",
 }
 """Environment variables that the server does not start with, and what each opens."""
+KNOWN = ("vllm.", "prometheus_", "starlette.", "fastapi.")
+"""Modules whose routes may answer."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -215,7 +217,8 @@ async def _serve(chosen: Serving, settings: Settings, keys: Keys, args: argparse
             app = build_app(args, tasks, engine.model_config)
             await init_app_state(engine, app.state, args, tasks)
             require_known_routes(app.routes)
-            app.add_middleware(Policy, gated=gated, state=state, keys=keys, limits=chosen.limits)
+            inside = app.middleware_stack or app.build_middleware_stack()
+            app.middleware_stack = Policy(inside, gated=gated, state=state, keys=keys, limits=chosen.limits)
             state.reason = ""
             logging.getLogger("vllm").info(
                 "moesteer: pinned %s; masks %s", labels(gated.catalogue.pins), sorted(gated.catalogue.named)
@@ -278,7 +281,7 @@ def _chat(args: argparse.Namespace, engine: Any) -> Any:
 
 
 def require_known_routes(routes: Sequence[Any]) -> None:
-    """Raise ModelError unless every path that clients may ask for has one route, and that is vLLM's.
+    """Raise ModelError unless every path that clients may ask for is answered by routes of vLLM and its libraries.
 
     All other routes stay shut (middleware.Policy); one that stood before a known one would answer in its place.
     """
@@ -290,13 +293,16 @@ def require_known_routes(routes: Sequence[Any]) -> None:
             regex, methods = getattr(route, "path_regex", None), getattr(route, "methods", None)
             if regex is not None and regex.match(path) and (methods is None or method in methods):
                 found.append(route)
-        first = found[0] if found else None
-        origin = str(getattr(getattr(first, "endpoint", None) or getattr(first, "app", None), "__module__", ""))
-        known = origin.startswith(("vllm.", "prometheus_client", "starlette.", "fastapi."))
-        if first is None or not known or len([r for r in found if getattr(r, "path", "") == path]) > 1:
+        origins = [_origin(route) for route in found]
+        if not found or not all(origin.startswith(KNOWN) for origin in origins):
             raise ModelError(
-                f"{len(found)} routes answer {method} {path}, the first from {origin or 'nowhere'}",
+                f"{len(found)} routes answer {method} {path}, from {', '.join(origins) or 'nowhere'}"[:300],
                 where="the server's routes",
-                expected="one, of vLLM's own",
+                expected="vLLM's own, or those of the libraries it is made with",
                 do="take out plug-ins that add routes (VLLM_PLUGINS)",
             )
+
+
+def _origin(route: Any) -> str:
+    answers = getattr(route, "endpoint", None) or getattr(route, "app", None)
+    return str(getattr(answers, "__module__", None) or type(answers).__module__)

@@ -119,8 +119,8 @@ def load(
         return VllmModel(
             engine, tokenizer, name=name, context_tokens=min(context, int(engine.model_config.max_model_len)),
             stops=stop_ids(_generation_config(source, revision), tokenizer), fingerprint=fingerprint,
-            masks=tuple(masks), catalogue=catalogue, folder=folder, output=output, source=source, revision=revision, capture=capture,
-            options=options or {},
+            masks=tuple(masks), catalogue=catalogue, folder=folder, output=output, source=source, revision=revision,
+            capture=capture, options=options or {},
         )  # fmt: skip
     except BaseException:
         engine.llm_engine.engine_core.shutdown()
@@ -215,7 +215,7 @@ class VllmModel(Chat):
 
     @cached_property
     def weights_sketch(self) -> str:
-        """A quick digest that tells other weights apart: some bytes of every tensor in the files, the engine's options."""
+        """A quick digest that tells other weights apart: some bytes of every stored tensor; the engine's options."""
         digest = hashlib.sha256(b"vllm" + files.dumps(self._options, indent=None).encode())
         for stored in checkpoint_of(self._source, revision=self._revision).tensors.values():
             digest.update(f"{stored.name} {stored.shape} {stored.dtype}".encode())
@@ -296,12 +296,20 @@ class VllmModel(Chat):
             try:
                 found: list[Any] = self.engine.generate(given, params, use_tqdm=False)
             except Exception as error:
-                raise self._explained(error) from error
+                why = self._output.explained(error)
+                if isinstance(why, MoesteerError):
+                    raise why from error
+                raise ModelError(
+                    f"the engine stopped: {why}",
+                    where=self.name,
+                    expected="an answer to every request",
+                    do="VLLM_LOGGING_LEVEL=INFO shows all that vLLM prints",
+                ) from error
         failed = [one for one in found if one.outputs[0].finish_reason not in ("stop", "length")]
         if failed or len(found) != len(prompts):
             reason = failed[0].outputs[0].finish_reason if failed else "lost"
             raise ModelError(
-                f"the engine did not answer {len(failed) or len(prompts) - len(found)} of {len(prompts)} requests ({reason})",
+                f"the engine left {len(failed) or len(prompts) - len(found)} of {len(prompts)} requests ({reason})",
                 where=self.name,
                 expected="an answer to every request",
                 do="VLLM_LOGGING_LEVEL=INFO shows all that vLLM prints",
@@ -435,7 +443,7 @@ class VllmModel(Chat):
     def router_outputs(
         self, batch: Sequence[Encoded], places: Sequence[Sequence[int]], *, logits: bool
     ) -> tuple[NDArray[np.float32] | None, NDArray[np.int64]]:
-        """(logits [n, L, E] or None, selected [n, L, K]) of the wanted positions; as backends.hf.Model.router_outputs."""
+        """(logits [n, L, E] or None, selected [n, L, K]) of the wanted positions; as backends.hf.Model."""
         if self.capture is None or (logits and self.capture != "logits"):
             raise InputError(
                 "the engine keeps no router logits" if logits else "the engine keeps no selections",
@@ -469,18 +477,15 @@ class VllmModel(Chat):
         try:
             return self.engine.collective_rpc(method, args=arguments)
         except Exception as error:
-            raise self._explained(error, asked=method) from error
-
-    def _explained(self, error: Exception, *, asked: str = "generate") -> MoesteerError:
-        found = self._output.explained(error)
-        if isinstance(found, MoesteerError):
-            return found
-        return ModelError(
-            f"the engine does not answer: {found}",
-            where=f"{self.name}: {asked}",
-            expected="its processes alive, and the plug-in at work in every one",
-            do="VLLM_LOGGING_LEVEL=INFO shows all that vLLM prints; VLLM_PLUGINS, if set, must name moesteer",
-        )
+            found = self._output.explained(error)
+            if isinstance(found, MoesteerError):
+                raise found from error
+            raise NoEffectError(
+                f"the engine's workers do not answer: {found}",
+                where=f"{self.name}: {method}",
+                expected="the plug-in at work in every worker",
+                do="check that MOESTEER_VLLM is not 0 and that VLLM_PLUGINS, if set, names moesteer",
+            ) from error
 
     def _require_workers(self) -> None:
         reports = self.reports()

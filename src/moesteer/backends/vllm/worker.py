@@ -93,11 +93,13 @@ class Steered:
         for layer, place in zip(found.here, at, strict=True):
             forced = self.tables.force[self.tables.place[layer.layer_id]] is not None
             if forced and not logits_decide(found.routers[place]):
-                self.tables.selecting[layer.layer_id] = selecting(found.routers[place], runner.device)
+                self.tables.selecting[layer.layer_id] = selecting(
+                    found.routers[place], runner.device, output_scale=float(layer.runner.routed_scaling_factor)
+                )
             layer.patch(watch=watch, count=count)
-            if layer.layer_id in self.tables.selecting and not layer.watched:
+            if layer.layer_id in self.tables.selecting and (not layer.watched or layer.linear is not None):
                 raise SelfCheckError(
-                    "a fused kernel selects the experts unseen, and logits alone cannot force this router",
+                    "the experts are selected where the logits are not seen, and these alone cannot force this router",
                     where=f"layer {layer.layer_id} ({layer.path}): {found.fingerprint.scoring}",
                     expected="a kernel that takes the selection (modular), for forced masks on such routers",
                     do="choose another --moe-backend (triton), or use an additive mask",

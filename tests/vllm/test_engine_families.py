@@ -1,0 +1,130 @@
+"""One engine of vLLM per family, every request of a batch under another mask: the tokens of transformers.
+
+Truth: transformers in float32, each prompt by itself, with the same masks. Models are random and tiny
+(tests/tiny_families.py), with sizes that vLLM's CPU kernels take.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from moesteer.backends.loading import load
+from moesteer.backends.sources import LAB_TINY
+from tests.tiny_families import SHAPE, TINY, Row, randomise, tiny_model
+from tests.vllm.masks import NONE, PROMPTS, A, B, F, engine, said, three_that_matter
+
+ROWS = [A, NONE, B, F, NONE]
+MOST = 14
+SIZES: Row = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 64, "moe_intermediate_size": 32}
+"""In place of tiny_families' own, where a family has them: vLLM's CPU kernels want multiples of 32."""
+
+FAMILIES: dict[str, Row] = {
+    # softmax, then the largest
+    "qwen3_moe": {},
+    "qwen3_moe/renormalised": {},
+    "mixtral": {},
+    "olmoe": {},
+    "qwen2_moe": {},
+    "mellum": {},
+    "minimax": {},
+    # the largest, then softmax
+    "gpt_oss": {},
+    "granitemoe": {},
+    "granitemoeshared": {},
+    # two argmaxes
+    "phimoe": {},
+    # softmax and a correction bias (zero: vLLM's CPU router leaves it out)
+    "ernie4_5_moe": {},
+    # sigmoid, correction bias, groups; the scale on the weights or on the output
+    "glm4_moe": {},
+    "dots1": {},
+    "solar_open": {},
+    "exaone_moe": {},
+    # vLLM's transformers backend: fused routing, and routing outside of vLLM
+    "flex_olmo": {"moe_intermediate_size": 64},
+    "hunyuan_v1_moe": {},
+}
+"""Name in tiny_families.TINY to sizes of its own."""
+
+LEFT_OUT = {
+    "qwen3_next": "vLLM's CPU kernel for gated delta nets is bfloat16 only",
+}
+"""What vLLM 0.32 does not run on a CPU, or runs with other tokens than transformers without any mask."""
+
+CHOSEN_BESIDE = ("glm4_moe", "dots1", "solar_open", "exaone_moe")
+"""Families whose forced selections are made by models/selecting.py: logits alone do not decide."""
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A family's folder, made on first use."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = make(tmp_path_factory.mktemp(name.replace("/", "-")), name)
+        return made[name]
+
+    return get
+
+
+def make(folder: Path, name: str) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(LAB_TINY)
+    known = {**SHAPE, **TINY[name]}
+    row = {
+        **known, **{key: size for key, size in SIZES.items() if key in known}, **FAMILIES[name],
+        "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }  # fmt: skip
+    model = tiny_model(AutoConfig.for_model(name.split("/")[0], **row))
+    randomise(model)
+    if name == "ernie4_5_moe":
+        for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if path.endswith("e_score_correction_bias"):
+                torch.nn.init.zeros_(tensor)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if name == "phimoe":  # vLLM knows the class by the name that Microsoft's checkpoints give it
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": ["PhiMoEForCausalLM"]}))
+    return folder
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_request_of_a_batch_under_its_own_mask(name: str, family: Callable[[str], Path]) -> None:
+    model = load(family(name), dtype="float32")
+    masks, plain, steered = three_that_matter(model, PROMPTS, ROWS, most=MOST)
+    with engine(family(name), masks) as tested:
+        assert said(tested, PROMPTS, most=MOST) == plain
+        with tested.steered(masks) as receipt:
+            assert said(tested, PROMPTS, rows=ROWS, most=MOST) == steered
+            assert said(tested, PROMPTS[::-1], rows=ROWS[::-1], most=MOST) == steered[::-1]
+        assert said(tested, PROMPTS, most=MOST) == plain
+        (report,) = tested.reports()
+    assert receipt.changed > 0
+    assert report["wrong"] == 0 and report["forced"] > 0
+
+
+@pytest.fixture(scope="module")
+def plain_vllm(family: Callable[[str], Path]) -> Iterator[dict[str, list[list[int]]]]:
+    """What vLLM without this package says, by family: a process of its own, with the plug-in switched off."""
+    names = ["qwen3_moe", "glm4_moe"]
+    model = load(family(names[0]), dtype="float32")
+    prompts = [list(model.encode([talk]).token_ids) for talk in map(_message, PROMPTS)]
+    job = {"folders": {name: str(family(name)) for name in names}, "prompts": prompts, "most": MOST}
+    environment = {**os.environ, "MOESTEER_VLLM": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN], input=json.dumps(job), env=environment, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    yield json.loads(done.stdout.splitlines()[-1])
