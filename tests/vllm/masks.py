@@ -117,5 +117,10 @@ def engine(
             model.close()
 
 
+def counter(model: VllmModel, name: str) -> int:
+    """One of vLLM's counters (`vllm:NAME`), of an engine started with disable_log_stats=False."""
+    return sum(int(one.value) for one in model.engine.get_metrics() if one.name == f"vllm:{name}")
+
+
 def _info(model: Model) -> MaskInfo:
     return MaskInfo(fingerprint=model.fingerprint, method="test", intent=Intent(toward="test"))

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer
 from moesteer.backends.loading import load
 from moesteer.backends.sources import LAB_TINY
 from tests.tiny_families import SHAPE, TINY, Row, randomise, tiny_model
-from tests.vllm.masks import NONE, PROMPTS, A, B, F, engine, said, three_that_matter
+from tests.vllm.masks import NONE, PROMPTS, A, B, F, engine, said, talks, three_that_matter
 
 ROWS = [A, NONE, B, F, NONE]
 MOST = 14
@@ -41,7 +41,7 @@ FAMILIES: dict[str, Row] = {
     "granitemoe": {},
     "granitemoeshared": {},
     # two argmaxes
-    "phimoe": {},
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},  # as vLLM's code has them whatever the config says
     # softmax and a correction bias (zero: vLLM's CPU router leaves it out)
     "ernie4_5_moe": {},
     # sigmoid, correction bias, groups; the scale on the weights or on the output
@@ -59,10 +59,6 @@ LEFT_OUT = {
     "qwen3_next": "vLLM's CPU kernel for gated delta nets is bfloat16 only",
 }
 """What vLLM 0.32 does not run on a CPU, or runs with other tokens than transformers without any mask."""
-
-CHOSEN_BESIDE = ("glm4_moe", "dots1", "solar_open", "exaone_moe")
-"""Families whose forced selections are made by models/selecting.py: logits alone do not decide."""
-
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
@@ -114,17 +110,43 @@ def test_every_request_of_a_batch_under_its_own_mask(name: str, family: Callable
     assert report["wrong"] == 0 and report["forced"] > 0
 
 
-@pytest.fixture(scope="module")
-def plain_vllm(family: Callable[[str], Path]) -> Iterator[dict[str, list[list[int]]]]:
-    """What vLLM without this package says, by family: a process of its own, with the plug-in switched off."""
+PLAIN = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    job = json.load(sys.stdin)
+    wanted = SamplingParams(temperature=0.0, max_tokens=job["most"], ignore_eos=True, detokenize=False)
+    said = {}
+    for name, folder in job["folders"].items():
+        engine = LLM(folder, dtype="float32", enforce_eager=True, skip_tokenizer_init=True, seed=0,
+                     generation_config="vllm", distributed_executor_backend="uni")
+        outputs = engine.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], wanted, use_tqdm=False)
+        said[name] = [list(one.outputs[0].token_ids) for one in outputs]
+        engine.llm_engine.engine_core.shutdown()
+    print(json.dumps(said))
+"""
+"""vLLM by itself: a program that does not know of this package, and says what it generates."""
+
+
+def test_unsteered_is_what_vllm_says_without_the_plug_in(family: Callable[[str], Path]) -> None:
     names = ["qwen3_moe", "glm4_moe"]
-    model = load(family(names[0]), dtype="float32")
-    prompts = [list(model.encode([talk]).token_ids) for talk in map(_message, PROMPTS)]
+    models = {name: load(family(name), dtype="float32") for name in names}
+    prompts = [list(models[names[0]].encode(talk).token_ids) for talk in talks(PROMPTS)]
     job = {"folders": {name: str(family(name)) for name in names}, "prompts": prompts, "most": MOST}
-    environment = {**os.environ, "MOESTEER_VLLM": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", PLAIN], input=json.dumps(job), env=environment, capture_output=True, text=True,
-        timeout=300,
+        [sys.executable, "-c", PLAIN], input=json.dumps(job), text=True, capture_output=True, timeout=300,
+        env={**os.environ, "MOESTEER_VLLM": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    yield json.loads(done.stdout.splitlines()[-1])
+    without = json.loads(done.stdout.splitlines()[-1])
+    for name, model in models.items():
+        masks, plain, _ = three_that_matter(model, PROMPTS, ROWS, most=MOST)
+        with engine(family(name), masks) as tested, tested.steered(masks):
+            beside = said(tested, PROMPTS, rows=ROWS, most=MOST)
+            alone = said(tested, PROMPTS, rows=[NONE] * len(PROMPTS), most=MOST)
+        for number, row in enumerate(ROWS):
+            until = len(plain[number])  # a reply that ended; vLLM by itself went on
+            assert list(alone[number]) == without[name][number][:until]
+            if row == NONE:
+                assert beside[number] == alone[number]

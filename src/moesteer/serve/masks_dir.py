@@ -1,7 +1,7 @@
 """The masks that clients may choose from: a folder that only its operator can change.
 
-Ids are the file names without `.safetensors`; a listed strength adds `ID.STRENGTH`. Beside the masks may lie `masks.toml`,
-a list of what is allowed, by sha256:
+Ids are the file names without `.safetensors`; a listed strength adds `ID.STRENGTH`. Beside the masks may lie
+`masks.toml`, a list of what is allowed, by sha256:
 
     [masks.harden]
     file = "direct+gate.safetensors"
@@ -32,7 +32,7 @@ SUFFIX = ".safetensors"
 
 
 class Listed(BaseModel):
-    """A line of masks.toml. alpha: strength under the plain id (None: the mask's own); alphas: strengths to choose from."""
+    """A line of masks.toml. alpha: strength under the plain id (None: the mask's own); alphas: others to choose from."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -133,7 +133,7 @@ def _require_own(path: Path, *, folder: bool) -> None:
         raise FileError(
             f"masks are not taken from here: {wrong}",
             where=str(path),
-            expected="a folder, and regular files in it, of the user that runs the server (or root), writable by nobody else",
+            expected="a folder, and regular files in it, of the server's own user or root, that nobody else can write",
             do=f"chown and chmod go-w {path}; copy the file itself rather than link to it",
         )
 

@@ -28,7 +28,7 @@ HEADER = "X-Moesteer-Mask"
 audit = logging.getLogger("moesteer.audit")
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818
     """A request that ends here. Not a MoesteerError: it is an answer, not a fault."""
 
     def __init__(self, status: int, text: str) -> None:
@@ -36,7 +36,7 @@ class Refused(Exception):
         super().__init__(text)
 
 
-class Disconnected(Exception):
+class Disconnected(Exception):  # noqa: N818
     """The client has gone."""
 
 
@@ -250,7 +250,7 @@ async def _answer(send: Send, status: int, value: dict[str, Any]) -> None:
 
 
 def labels(members: Sequence[Member]) -> str:
-    """What the header says: 12 digits of each mask's sha256, `@strength` where it is not the mask's own; gated or not."""
+    """What the header says: 12 digits of each mask's sha256, `@strength` if it is not the mask's own; gated or not."""
     said = [
         member.label
         + (f"@{member.alpha:g}" if member.alpha != member.mask.info.alpha else "")

@@ -1,7 +1,7 @@
 """`moesteer serve`: vLLM's own OpenAI-compatible server, with our masks inside and our policy before it.
 
-Order of the start, so that no answer can be unsteered: settings and masks are read and compared with the checkpoint; the
-environment is checked; the engine starts (its workers count and prove their routers, or it does not); every worker
+Order of the start, so that no answer can be unsteered: settings and masks are read and compared with the checkpoint;
+the environment is checked; the engine starts (its workers count and prove their routers, or it does not); every worker
 reports; the canary is sent; the routes are compared with the list of those we know; only then does the port answer.
 """
 

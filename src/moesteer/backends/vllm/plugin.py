@@ -121,9 +121,12 @@ def _settings(config: Any) -> Any:
 def _refuse_settings(*, missing: str = "") -> None:
     """An engine with our settings does not start: the plug-in is switched off, or vLLM is another than it knows."""
     from vllm.config import VllmConfig
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     def refuse(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _settings(self) is not None:
+        config = self if isinstance(self, VllmConfig) else getattr(self, "vllm_config", args[0] if args else None)
+        if _settings(config) is not None:
             raise InputError(
                 f"vLLM {'.'.join(map(str, _version()))} lacks {missing or 'what the plug-in needs'}"
                 if missing or _version() < OLDEST
@@ -134,7 +137,12 @@ def _refuse_settings(*, missing: str = "") -> None:
             )
         return original(self, *args, **kwargs)
 
-    _wrap(VllmConfig, "compute_hash", refuse)
+    for owner, name in (
+        (VllmConfig, "compute_hash"), (InputProcessor, "__init__"), (GPUModelRunner, "load_model"),
+        *((runner, "load_model") for runner in _runners(GPUModelRunner)[1:]),
+    ):  # fmt: skip
+        if callable(getattr(owner, name, None)):
+            _wrap(owner, name, refuse)
 
 
 def _hash(original: Any, self: Any) -> Any:
@@ -196,7 +204,7 @@ def _client_error(error: MoesteerError) -> Exception:
 
 
 def _preprocess(original: Any, self: Any, request: Any) -> Any:
-    """The engine's core loads plug-ins in the middle of its own start, so the catalogue is read with the first request."""
+    """The engine's core loads plug-ins in the middle of its start, so the catalogue is read with the first request."""
     from moesteer.backends.vllm.catalogue import Catalogue
     from moesteer.backends.vllm.requests import require_marked
 

@@ -55,6 +55,6 @@ def _findings(config: Any, settings: Settings) -> list[tuple[bool, str, str]]:
          "prefill context parallelism: a rank sees a part of the tokens", "leave it out"),
         (config.lora_config is not None, "LoRA adapters: a mask is made for one set of weights",
          "merge the adapter into the model, and make the mask on that"),
-        (drafts and "draft-model" not in allowed, f"speculative decoding by a draft model ({method}) is not tested here",
+        (drafts and "draft-model" not in allowed, f"a draft model ({method}) is not tested here",
          untested.format("draft-model") + "; n-gram drafts are tested"),
     ]  # fmt: skip

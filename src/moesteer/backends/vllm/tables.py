@@ -83,7 +83,7 @@ class Tables:
         self.checked_L = torch.zeros(len(layer_ids), dtype=torch.int64, device=device)
         self.changed_L = torch.zeros(len(layer_ids), dtype=torch.int64, device=device)
         self.uniform: int | None = 0
-        """The row of all tokens of this step, where they share one. Looked at on a CPU only: no graph is replayed there."""
+        """The row of all tokens of this step, where they share one; looked at on a CPU only: no graph is replayed."""
         self.selecting: dict[int, Selecting] = {}
 
     @property

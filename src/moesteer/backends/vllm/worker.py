@@ -37,7 +37,7 @@ class Read:
     prompt: int
     spans: tuple[tuple[int, int], ...]
     parts: tuple[tuple[int, int], ...]
-    sums_G: NDArray[np.float64]
+    sums_G: torch.Tensor
     next: int = 0
     broken: str = ""
     logits: list[NDArray[np.float32]] = field(default_factory=list)
@@ -180,7 +180,11 @@ class Steered:
         final_turn = None if turn < 0 else (turn, prompt)
         parts = [part for _, part, _ in self.catalogue.gate_parts()] if told["gate"] else []
         spans = tuple(gate.pooled_span(part, prompt=(0, prompt), final_turn=final_turn) for part in parts)
-        return Read(prompt, tuple((int(a), int(b)) for a, b in told["spans"]), spans, np.zeros(len(spans)))
+        return Read(prompt, tuple((int(a), int(b)) for a, b in told["spans"]), spans, self._zeros(len(spans)))
+
+    def _zeros(self, count: int) -> torch.Tensor:
+        assert self.tables is not None
+        return torch.zeros(count, dtype=torch.float64, device=self.tables.device)
 
     def ran(self) -> None:
         """Take what was asked for out of the step that ran."""
@@ -194,7 +198,7 @@ class Steered:
             return
         if first == 0:  # begun anew after a preemption
             read.next, read.broken = 0, ""
-            read.sums_G[:] = 0
+            read.sums_G.zero_()
             read.logits, read.selected = [], []
         count = min(count, read.prompt - first)
         if first != read.next:
@@ -205,7 +209,7 @@ class Steered:
             a, b = max(low, first), min(high, first + count)
             if a < b:
                 scores = self.tables.score_TG[start + a - first : start + b - first, part]
-                read.sums_G[part] += float(scores.double().sum())
+                read.sums_G[part] += scores.double().sum()  # stays on the device: nothing waits
         for low, high in read.spans:
             a, b = max(low, first), min(high, first + count)
             if a < b:
@@ -261,7 +265,7 @@ class Steered:
                 reason = "it was not read, or so long ago that it was dropped" if read is None else read.broken
                 found.append(reason or f"{read.next if read else 0} of its positions were read")
             else:
-                found.append([float(x) for x in read.sums_G])
+                found.append(read.sums_G.tolist())
         return found
 
     def trace(self, names: list[str]) -> bytes:
