@@ -32,7 +32,7 @@ SUFFIX = ".safetensors"
 
 
 class Listed(BaseModel):
-    """A line of masks.toml. alpha: strength under the plain id (None: the mask's own); alphas: others to choose from."""
+    """A line of masks.toml. alpha: strength under the plain id (None: the mask's own); alphas: others to offer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
