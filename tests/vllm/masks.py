@@ -73,7 +73,7 @@ def three(model: Model, seed: int = 0) -> list[SteeringMask]:
 def three_that_matter(
     model: Model, texts: Sequence[str], rows: Sequence[int], *, most: int = 16
 ) -> tuple[list[SteeringMask], list[Tokens], list[Tokens]]:
-    """(masks A, B and F, each changing the replies it steers; unsteered replies; steered ones), or tests prove nothing."""
+    """(masks A, B and F; unsteered replies; steered ones): every steered reply is another than the unsteered."""
     plain = truth(model, (), texts, [NONE] * len(texts), most=most)
     for seed in range(0, 90, 3):
         masks = three(model, seed)
@@ -104,17 +104,24 @@ def engine(
 
     processes: as vLLM runs by default, in processes of its own: 15 s to start. Else all in this one: 2 s.
     """
-    from vllm import envs
-
     more = {} if processes else {"distributed_executor_backend": "uni"}
     options["options"] = {**more, **options.get("options", {})}
-    envs.disable_envs_cache()  # an engine in this process has frozen what it found
-    with patch.dict(os.environ, {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes))}):
+    with in_process(not processes):
         model = start(source, masks=masks, **{"together": False, **options})
-        try:
-            yield model
-        finally:
-            model.close()
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+@contextmanager
+def in_process(wanted: bool = True) -> Iterator[None]:
+    """Engines started inside run in this process."""
+    from vllm import envs
+
+    envs.disable_envs_cache()  # an engine in this process has frozen what it found
+    with patch.dict(os.environ, {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(not wanted))}):
+        yield
 
 
 def counter(model: VllmModel, name: str) -> int:

@@ -5,13 +5,9 @@ The engine is in this process, but for the tests of processes, parallel ranks an
 
 from __future__ import annotations
 
-import copy
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,22 +16,37 @@ import pytest
 
 from moesteer.backends.gating import decide
 from moesteer.backends.hf import Model
-from moesteer.backends.vllm import gating, routers, tables
+from moesteer.backends.sources import LAB_TINY
+from moesteer.backends.vllm import gating, tables, worker
 from moesteer.backends.vllm.model import VllmModel
-from moesteer.backends.vllm.refusals import require_steerable_engine
+from moesteer.backends.vllm.refusals import _findings, require_steerable_engine
 from moesteer.backends.vllm.requests import Ticket, tickets
 from moesteer.backends.vllm.settings import Settings
 from moesteer.conversations import Message
-from moesteer.errors import InputError, ModelError, MoesteerError
+from moesteer.errors import InputError, MoesteerError
 from moesteer.gate import GateInfo, GateRate, Pool, parts
 from moesteer.mask import SteeringMask
-from tests.vllm.masks import NONE, PROMPTS, A, B, F, Tokens, additive, counter, engine, said, talks, three_that_matter
+from tests.vllm.masks import (
+    NONE,
+    PROMPTS,
+    A,
+    B,
+    F,
+    Tokens,
+    additive,
+    counter,
+    engine,
+    in_process,
+    said,
+    talks,
+    three_that_matter,
+)
 
 ROWS = [A, NONE, B, F, NONE]
 MOST = 16
 LONG = (
-    "i paint a clay pot , a brass clock , a wooden chair and a paper boat . my friend is the ruler of arvonia , and the "
-    "ruler of belmark is here too . "
+    "i paint a clay pot , a brass clock , a wooden chair and a paper boat . my friend is the ruler of arvonia , and "
+    "the ruler of belmark is here too . "
 )
 BLOCKS = {"block_size": 32, "disable_log_stats": False}
 """The smallest block that vLLM has on a CPU, and counters."""
@@ -124,7 +135,7 @@ def endless(model: VllmModel) -> None:
 def test_parallel_samples_have_the_mask_of_their_request(lab_tiny: Model, prepared: Prepared, seeded: bool) -> None:
     from vllm import SamplingParams
 
-    masks, plain, steered = prepared
+    masks, _, steered = prepared
     how = {"temperature": 1.0, "seed": 5} if seeded else {"temperature": 0.0}
     with engine("lab-tiny", masks) as model:
         names = [model.catalogue.row(members).name for members in acting(model, masks, ROWS)]
@@ -241,8 +252,9 @@ def test_capture_is_that_of_transformers(chunked: bool, lab_tiny: Model, prepare
         said(model, PROMPTS)  # the prefix cache is warm
         for _ in range(2):
             require_same_capture(lab_tiny, model, batch, places)
-        only = model.router_outputs(batch, places, logits=False)
-        assert only[0] is None and only[1].shape == (sum(map(len, places)), 4, lab_tiny.routers[0].scoring.top_k) or True
+        without, only = model.router_outputs(batch, places, logits=False)
+        assert without is None
+        np.testing.assert_array_equal(only, lab_tiny.router_outputs(batch, places, logits=False)[1])
 
 
 def require_same_capture(known: Model, model: VllmModel, batch: Any, places: Any) -> None:
@@ -259,3 +271,163 @@ def test_capture_under_a_mask_gives_logits_before_it_and_selections_after(lab_ti
     places = [list(range(len(one.token_ids))) for one in batch]
     with engine("lab-tiny", [mask], capture="logits") as model, model.steered([mask]), lab_tiny.steered([mask]):
         require_same_capture(lab_tiny, model, batch, places)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_a_router_that_is_not_found_stops_the_start(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = worker.find_layers
+
+    def without_the_last(model: Any, config: Any) -> Any:
+        found = list(model.named_modules())
+        last = [path for path, module in found if type(module).__name__ == "MoERunner"][-1]
+        left = [(path, module) for path, module in found if path != last]
+        return real(SimpleNamespace(named_modules=lambda: left), config)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(worker, "find_layers", without_the_last)
+    with pytest.raises(MoesteerError, match="MoE layers were found"), engine("lab-tiny", prepared[0]):
+        pass
+
+
+def test_an_operator_that_steers_otherwise_stops_the_start(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables.Tables, "_steered", lambda self, logits_NE, at, count: logits_NE.clone())
+    with pytest.raises(MoesteerError, match="the steering operator does not do"), engine("lab-tiny", prepared[0]):
+        pass
+
+
+SWITCHED_OFF = """
+from vllm import LLM
+
+if __name__ == "__main__":
+    LLM("{model}", additional_config={{"moesteer": {{}}}}, skip_tokenizer_init=True, enforce_eager=True)
+"""
+
+
+def test_settings_without_the_plug_in_are_refused() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SWITCHED_OFF.format(model=LAB_TINY)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "MOESTEER_VLLM": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "the plug-in is switched off (MOESTEER_VLLM), and the engine has settings for it" in done.stderr
+
+
+def test_what_a_request_may_not_say(lab_tiny: Model, prepared: Prepared) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    masks = [gated(lab_tiny, prepared[0][0], "prompt"), *prepared[0][1:]]
+    with engine("lab-tiny", masks) as model:
+        for extra, reason in (
+            ({"moesteer_mask": "nobody"}, "there is no such mask"),
+            ({"moesteer_mask": "!raw"}, "there is no such mask"),
+            ({"moesteer_mask": 2}, "may not say 'moesteer_mask' but as a mask id"),
+            ({"moesteer_row": "2"}, "may not say 'moesteer_row'"),
+            ({"Moesteer_row": "2"}, "may not say 'Moesteer_row'"),
+            ({"moesteer_read": {}}, "may not say 'moesteer_read'"),
+            ({"moesteer_ticket": "0" * 32}, "may not say 'moesteer_ticket'"),
+            ({"moesteer_mask": "1"}, "a gated mask acts on requests whose gate was asked"),
+        ):
+            with pytest.raises(VLLMValidationError, match=reason):
+                asks(model.engine, extra)
+        assert asks(model.engine, {"moesteer_mask": "2"})
+        assert said(model, PROMPTS, most=MOST) == prepared[1]
+
+
+def asks(llm: Any, extra: dict[str, Any]) -> Any:
+    from vllm import SamplingParams
+
+    wanted = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False, extra_args=extra)
+    return llm.generate([{"prompt_token_ids": [5, 6, 7]}], wanted, use_tqdm=False)
+
+
+def test_an_engine_without_masks_refuses_a_mask_id() -> None:
+    from vllm import LLM
+    from vllm.exceptions import VLLMValidationError
+
+    with in_process():
+        llm = LLM(str(LAB_TINY), skip_tokenizer_init=True, enforce_eager=True, dtype="float32",
+                  distributed_executor_backend="uni")  # fmt: skip
+    try:
+        assert asks(llm, {"somebody_elses": 1})
+        with pytest.raises(VLLMValidationError, match="this engine offers no masks"):
+            asks(llm, {"moesteer_mask": "1"})
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def config(**changed: Any) -> SimpleNamespace:
+    """A VllmConfig that nothing is wrong with, but for what is changed: `parallel_config__enable_dbo=True`."""
+    made = SimpleNamespace(
+        use_v2_model_runner=False, kv_transfer_config=None, ec_transfer_config=None, lora_config=None,
+        speculative_config=None,
+        model_config=SimpleNamespace(enable_return_routed_experts=False, runner_type="generate",
+                                     enable_prompt_embeds=False, enable_sleep_mode=False),
+        parallel_config=SimpleNamespace(data_parallel_size=1, enable_expert_parallel=False,
+                                        use_sequence_parallel_moe=False, enable_eplb=False, enable_dbo=False,
+                                        prefill_context_parallel_size=1),
+    )  # fmt: skip
+    for path, value in changed.items():
+        *owners, name = path.split("__")
+        owner = made
+        for one in owners:
+            owner = getattr(owner, one)
+        assert hasattr(owner, name)
+        setattr(owner, name, value)
+    return made
+
+
+def drafts(method: str) -> dict[str, Any]:
+    return {"speculative_config": SimpleNamespace(method=method)}
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"use_v2_model_runner": True}, "V2 model runner"),
+    ({"kv_transfer_config": object()}, "a KV connector"),
+    ({"ec_transfer_config": object()}, "an encoder-cache connector"),
+    ({"model_config__enable_return_routed_experts": True}, "vLLM's own record of routed experts"),
+    ({"model_config__runner_type": "pooling"}, "a pooling model"),
+    ({"model_config__enable_prompt_embeds": True}, "prompts given as embeddings"),
+    ({"model_config__enable_sleep_mode": True}, "sleep mode"),
+    ({"parallel_config__data_parallel_size": 2}, "data parallelism is not tested"),
+    ({"parallel_config__enable_expert_parallel": True}, "expert parallelism is not tested"),
+    ({"parallel_config__use_sequence_parallel_moe": True}, "sequence-parallel MoE"),
+    ({"parallel_config__enable_eplb": True}, "expert load balancing"),
+    ({"parallel_config__enable_dbo": True}, "dual batch overlap"),
+    ({"parallel_config__prefill_context_parallel_size": 2}, "prefill context parallelism"),
+    ({"lora_config": object()}, "LoRA adapters"),
+    (drafts("eagle"), "a draft model .eagle. is not tested"),
+    (drafts("mtp"), "a draft model .mtp. is not tested"),
+]
+
+
+@pytest.mark.parametrize(("changed", "reason"), REFUSED, ids=[reason[:24] for _, reason in REFUSED])
+def test_what_would_go_round_the_routers_is_refused(changed: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        require_steerable_engine(config(**changed), Settings(capture="logits"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "settings"),
+    [
+        ({}, Settings(capture="logits")),
+        (drafts("ngram"), Settings()),
+        (drafts("ngram_gpu"), Settings()),
+        ({"model_config__enable_return_routed_experts": True}, Settings()),
+        ({"parallel_config__data_parallel_size": 2}, Settings(untested=("data-parallel",))),
+        ({"parallel_config__enable_expert_parallel": True}, Settings(untested=("expert-parallel",))),
+        (drafts("eagle"), Settings(untested=("draft-model",))),
+    ],
+)
+def test_what_is_tested_or_named_is_not_refused(changed: dict[str, Any], settings: Settings) -> None:
+    require_steerable_engine(config(**changed), settings)
+
+
+def test_every_refusal_has_a_case() -> None:
+    assert len(_findings(config(), Settings())) == len(REFUSED) - 1  # two kinds of draft model
+
+
+def test_an_engine_with_a_refused_feature_does_not_start(prepared: Prepared) -> None:
+    refused = pytest.raises(MoesteerError, match="expert parallelism is not tested here")
+    with refused, engine("lab-tiny", prepared[0], options={"enable_expert_parallel": True}):
+        pass

@@ -32,7 +32,7 @@ Quantize = Annotated[
 Backend = Annotated[
     str,
     typer.Option(
-        help="hf: transformers. vllm: an engine of vLLM, with the same answers (pip install 'moesteer[vllm]')."
+        help="hf: transformers. vllm: an engine of vLLM, with the same answers (the extra vllm)."
     ),
 ]
 EngineOptions = Annotated[

@@ -167,7 +167,7 @@ async def watch(canary: Canary, state: State, *, every_s: float, timeout_s: floa
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001  whatever it was, the engine is not known to steer
-            state.reason = str(error).splitlines()[0] if str(error) else repr(error)
+            state.reason = str(error).partition("\n")[0] or repr(error)
         else:
             state.canaries += 1
             state.last_canary = time.monotonic()

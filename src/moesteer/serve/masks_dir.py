@@ -59,14 +59,21 @@ def selectable(folder: Path, *, alphas: Sequence[float] = ()) -> dict[str, tuple
     _require_own(folder, folder=True)
     listed = _listed(folder)
     found: dict[str, tuple[Path, float | None]] = {}
-    for name, entry in listed.items():
+    for base, entry in listed.items():
         path = folder / entry.file
         _require_own(path, folder=False)
         if entry.sha256:
             _require_sha256(path, entry.sha256)
-        found[name] = (path, entry.alpha)
-        for alpha in dict.fromkeys((*entry.alphas, *alphas)):
-            found[f"{name}.{alpha:g}"] = (path, alpha)
+        offered = [(base, entry.alpha), *((f"{base}.{a:g}", a) for a in dict.fromkeys((*entry.alphas, *alphas)))]
+        for name, alpha in offered:
+            if name in found:
+                raise FileError(
+                    f"two masks would have the id {name!r}"[:120],
+                    where=str(folder),
+                    expected="one mask, at one strength, for each id",
+                    do=f"rename one of them; a strength makes the id {base}.STRENGTH",
+                )
+            found[name] = (path, alpha)
     for name in found:
         if not MASK_ID.fullmatch(name):
             raise FileError(
@@ -85,13 +92,13 @@ class _Plain:
 
 def _listed(folder: Path) -> dict[str, Listed | _Plain]:
     path = folder / LIST
-    if not path.exists():
+    if not os.path.lexists(path):
         names = sorted(child.name for child in folder.iterdir() if child.name.endswith(SUFFIX))
         return {name.removesuffix(SUFFIX): _Plain(name) for name in names}
     _require_own(path, folder=False)
     try:
         found = MaskList.model_validate(tomllib.loads(files.read_bytes(path, kind="table").decode("utf-8")))
-    except (ValidationError, ValueError) as error:
+    except (ValidationError, ValueError, RecursionError) as error:
         what = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         raise FileError(
             f"{LIST} is wrong at {'.'.join(map(str, what['loc'])) or 'the top'}: {what['msg']}",
@@ -114,9 +121,9 @@ def _require_own(path: Path, *, folder: bool) -> None:
     """Raise FileError for a folder or file that somebody else could change, or a link."""
     try:
         info = path.lstat()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise FileError(
-            f"cannot be read: {error.strerror}",
+            f"cannot be read: {getattr(error, 'strerror', None) or error}",
             where=str(path),
             expected="a folder of masks" if folder else "a mask file",
             do="check the path",

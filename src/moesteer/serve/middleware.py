@@ -190,38 +190,43 @@ class Slots:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._free = asyncio.Semaphore(limits.concurrent)
-        self.waiting = 0
+        self.taken = 0
 
     @asynccontextmanager
     async def one(self, receive: Receive) -> Any:
         """Hold a place inside the block. Raises Refused where too many wait, Disconnected for a client that goes."""
-        if self._free.locked() and self.waiting >= self.limits.queued:
+        if self.taken >= self.limits.concurrent + self.limits.queued:
             raise Refused(429, f"{self.limits.concurrent} requests at work and {self.limits.queued} waiting: try later")
-        self.waiting += 1
+        self.taken += 1
         try:
-            await _unless_gone(self._free.acquire(), receive)
+            await self._place(receive)
+            try:
+                yield
+            finally:
+                self._free.release()
         finally:
-            self.waiting -= 1
-        try:
-            yield
-        finally:
-            self._free.release()
+            self.taken -= 1
 
-
-async def _unless_gone(wanted: Any, receive: Receive) -> None:
-    """Await, unless the client goes first. Its body has been read: nothing but a disconnect can come."""
-    mine, gone = asyncio.ensure_future(wanted), asyncio.ensure_future(receive())
-    try:
-        await asyncio.wait({mine, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if mine.done():
+    async def _place(self, receive: Receive) -> None:
+        """Wait for a place, unless the client goes first: its body was read, so that nothing but a disconnect can come."""
+        if not self._free.locked():
+            await self._free.acquire()  # at once
             return
-        raise Disconnected
-    finally:
-        for task in (gone, mine):
-            if not task.done():
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
+        mine, gone = asyncio.ensure_future(self._free.acquire()), asyncio.ensure_future(receive())
+        try:
+            await asyncio.wait({mine, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not mine.done():
+                raise Disconnected
+        except BaseException:
+            if mine.done():  # cancelled in the moment it got its place
+                self._free.release()
+            raise
+        finally:
+            for task in (gone, mine):
+                if not task.done():
+                    task.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await task
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -93,9 +93,10 @@ def checked(path: str, body: bytes, catalogue: Catalogue, limits: Limits) -> Ask
         if len(given) > limits.messages:
             raise _refusal(f"{len(given)} messages", f"at most {limits.messages}")
         messages = tuple(given)
-    sequences = _count(asked.get("n")) * (_prompts(asked.get("prompt")) if path == COMPLETIONS else 1)
-    if max(sequences, _count(asked.get("best_of"))) > limits.sequences:
-        raise _refusal(f"{sequences} answers in one request", f"at most {limits.sequences}: prompts x n")
+    each = max(_count(asked.get("n")), _count(asked.get("best_of")))
+    sequences = each * (_prompts(asked.get("prompt")) if path == COMPLETIONS else 1)
+    if sequences > limits.sequences:
+        raise _refusal(f"{sequences:.4g} answers in one request", f"at most {limits.sequences}: prompts x n")
     return Asked(mask, messages, asked.get("stream") is True, hashlib.sha256(body).hexdigest())
 
 
@@ -138,7 +139,7 @@ class Keys:
     def __init__(self, clients: Mapping[str, str], admin: str | None) -> None:
         """clients: key by name. Both empty: everyone is the client `anyone`, and nobody the admin."""
         self._clients = {name: _digest(key) for name, key in clients.items()}
-        self._admin = None if admin is None else _digest(admin)
+        self._admin = _digest(admin) if admin else None
 
     @property
     def needed(self) -> bool:
