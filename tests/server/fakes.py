@@ -233,6 +233,9 @@ class Client:
     ) -> Answer:  # fmt: skip
         """chunks: the body in parts, `pause` seconds before each. Ends when the app returns."""
         given = [(name.encode(), value.encode("latin-1")) for name, value in headers]
+        for name, value in ((b"host", b"127.0.0.1:8000"), (b"content-type", b"application/json")):
+            if all(other.lower() != name for other, _ in given):
+                given.append((name, value))
         if key is not None:
             given.append((b"authorization", f"Bearer {key}".encode()))
         scope = {"type": kind, "method": method, "path": path, "raw_path": path.encode(), "query_string": query,

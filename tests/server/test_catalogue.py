@@ -160,7 +160,7 @@ def test_too_many_rows_are_refused() -> None:
         Catalogue([pinned(additive(PIN)), *offered, named("one-more", additive(OTHER))])
     gates = [pinned(gated(additive({(0, i): 1.0})), number=i) for i in range(1, 5)]
     with pytest.raises(InputError, match="every gate doubles"):
-        Catalogue([*gates, *(named(f"m{i}", gated(additive({(1, 0): 1.0 + i}))) for i in range(20))])
+        Catalogue([*gates, *(named(f"m{i}", gated(additive({(1, 0): 1.0 + i}))) for i in range(40))])
 
 
 def test_a_file_that_changed_since_the_settings_were_written_is_refused(tmp_path: Path) -> None:

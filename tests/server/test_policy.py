@@ -154,7 +154,7 @@ def test_how_many_answers(key: str) -> None:
     for path in (CHAT, COMPLETIONS):
         ask(path, **{key: 16})
         ask(path, **{key: None})
-        for wrong in (17, 10**6, 10**30, True, False, 1.0, 16.5, "1", [1], {"n": 1}):
+        for wrong in (17, 10**6, 10**4000, True, False, 1.0, 16.5, "1", [1], {"n": 1}):
             refused(path, **{key: wrong})
 
 

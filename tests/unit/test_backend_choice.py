@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from moesteer.backends import opening, sources
+from moesteer.backends.vllm import starting
 from moesteer.backends.vllm.output import Output, error_in, reason_in
 from moesteer.cli.main import app
 from moesteer.cli.options import engine_options
@@ -148,8 +153,6 @@ def test_of_other_errors_the_first_that_names_a_cause_is_taken() -> None:
 def test_what_is_printed_at_the_start_goes_to_the_file_and_nothing_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    import os
-
     monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
     output = Output(tmp_path / "output.txt")
     with pytest.raises(KeyError), output.around_start():
@@ -166,3 +169,28 @@ def test_what_is_printed_at_the_start_goes_to_the_file_and_nothing_after(
     with Output(tmp_path / "none.txt").around_start():
         os.write(1, b"shown\n")
     assert capfd.readouterr() == ("", "shown\n") and not (tmp_path / "none.txt").exists()
+
+
+def test_a_ctrl_c_that_is_swallowed_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starting, "INSIST_S", 0.05)
+    reached = []
+    with pytest.raises(KeyboardInterrupt), starting._insisting():
+        with contextlib.suppress(KeyboardInterrupt):  # as vLLM does
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        reached.append("swallowed")
+        time.sleep(5)
+        reached.append("lost")
+    assert reached == ["swallowed"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt), starting._insisting():  # what fails after it is not the reason
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        raise RuntimeError("Engine core initialization failed")
+
+
+def test_sigterm_ends_the_block_as_an_exception_would() -> None:
+    with pytest.raises(SystemExit) as caught, opening._ending_on_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from moesteer.trace import TraceReader
 from tests.vllm.masks import PROMPTS, additive, forced
 
 pytestmark = pytest.mark.slow
+ENTRY = "from moesteer.cli.main import run; run()"
 
 
 @pytest.fixture(autouse=True)
@@ -80,13 +84,12 @@ def masks(lab_tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def test_generate_answers_the_same_and_prints_nothing_else(masks: dict[str, Path]) -> None:
-    """In a process of its own, as a user runs it: JSON on standard output, the receipt's silence on standard error."""
-    code = "from moesteer.cli.main import run; run()"
+    """In a process of its own, as a user runs it: JSON on standard output, nothing on standard error."""
     prompts = [part for text in PROMPTS for part in ("--prompt", text)]
     args = ["generate", "lab-tiny", *prompts, "--mask", str(masks["additive"]), "--json", "--max-new-tokens", "24"]
     done = [
         subprocess.run(
-            [sys.executable, "-c", code, *args, "--backend", backend], capture_output=True, text=True, check=False
+            [sys.executable, "-c", ENTRY, *args, "--backend", backend], capture_output=True, text=True, check=False
         )
         for backend in ("hf", "vllm")
     ]
@@ -197,6 +200,28 @@ def test_what_an_engine_dies_of_reaches_the_user(masks: dict[str, Path], monkeyp
 def test_no_process_is_left(masks: dict[str, Path]) -> None:
     code, _, error = run("generate", "lab-tiny", "--prompt", "hello", "--backend", "vllm")
     assert (code, error) == (0, None) and not _children()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_start_that_is_stopped_leaves_no_process(number: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C goes to the whole group, as from a terminal; SIGTERM to the command, as from a job scheduler."""
+    import psutil
+
+    code = f"import signal; signal.signal(2, signal.default_int_handler); {ENTRY}"
+    args = ["generate", "lab-tiny", "--prompt", "hello", "--backend", "vllm"]
+    command = subprocess.Popen(
+        [sys.executable, "-c", code, *args], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    parent = psutil.Process(command.pid)
+    until = time.monotonic() + 120
+    while len(parent.children(recursive=True)) < 3 and time.monotonic() < until:  # a tracker, the engine, its worker
+        time.sleep(0.2)
+    family = parent.children(recursive=True)
+    assert len(family) >= 3
+    (os.killpg if number == signal.SIGINT else os.kill)(command.pid, number)
+    assert command.wait(timeout=60) == 128 + number
+    _, left = psutil.wait_procs(family, timeout=20)
+    assert not left
 
 
 def _children() -> list[str]:

@@ -6,7 +6,9 @@ block. Both answer greedily and with the same tokens.
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -87,8 +89,28 @@ def opened(
 
     if sys.stderr.isatty():
         print("starting vLLM (VLLM_LOGGING_LEVEL=INFO shows how) ...", file=sys.stderr)
-    with load(
+    with _ending_on_sigterm(), load(
         model, masks=masks, alphas=alphas, together=together, capture=capture, dtype=dtype, options=engine_options,
         allow_other_checkpoint=allow_other_checkpoint,
     ) as engine:  # fmt: skip
         yield engine
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends the block as an exception would: it must not leave an engine's processes behind."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

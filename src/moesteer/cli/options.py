@@ -31,9 +31,7 @@ Quantize = Annotated[
 ]
 Backend = Annotated[
     str,
-    typer.Option(
-        help="hf: transformers. vllm: an engine of vLLM, with the same answers (the extra vllm)."
-    ),
+    typer.Option(help="hf: transformers. vllm: an engine of vLLM, with the same answers (the extra vllm)."),
 ]
 EngineOptions = Annotated[
     list[str] | None,

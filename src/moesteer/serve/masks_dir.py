@@ -19,6 +19,7 @@ import stat
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -39,7 +40,7 @@ class Listed(BaseModel):
     file: str
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     alpha: float | None = Field(default=None, allow_inf_nan=False)
-    alphas: tuple[float, ...] = ()
+    alphas: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] = ()
 
 
 class MaskList(BaseModel):

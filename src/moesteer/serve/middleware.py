@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
+from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -68,6 +70,9 @@ class Policy:
             await _answer(send, refused.status, {"error": {"message": refused.text, "type": "moesteer"}})
         except Disconnected:
             line |= {"status": 499, "verdict": "the client went"}
+        except BaseException as error:
+            line |= {"status": line.get("status", 500), "verdict": f"failed: {type(error).__name__}"}
+            raise
         finally:
             if (scope["method"], scope["path"]) not in OPEN:
                 audit.info(json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **line}))
@@ -103,6 +108,8 @@ class Policy:
             if not self.keys.is_admin(authorization):
                 raise Refused(401, "this takes the admin's token: Authorization: Bearer TOKEN")
             return "admin"
+        if not self.keys.needed and not _is_local(headers):
+            raise Refused(403, "without keys this server answers to its own names only: localhost, 127.0.0.1, [::1]")
         client = self.keys.client(authorization)
         if client is None:
             raise Refused(401, "this takes a key: Authorization: Bearer KEY")
@@ -133,6 +140,9 @@ class Policy:
             raise Refused(503, "not ready: the pinned masks are not known to act")
         if any(name.lower() == b"content-encoding" for name, _ in scope["headers"]):
             raise Refused(415, "bodies are taken as they are, not compressed")
+        kinds = [value for name, value in scope["headers"] if name.lower() == b"content-type"]
+        if len(kinds) != 1 or kinds[0].split(b";")[0].strip().lower() != b"application/json":
+            raise Refused(415, "bodies are JSON: Content-Type: application/json")
         body = await self._body(receive)
         try:
             asked = checked(scope["path"], body, self.catalogue, self.limits)
@@ -185,48 +195,57 @@ class Policy:
 
 
 class Slots:
-    """One client's places: so many at work, so many waiting."""
+    """One client's places: so many at work, so many waiting. A place that comes free is handed to the first in line."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._free = asyncio.Semaphore(limits.concurrent)
-        self.taken = 0
+        self.at_work = 0
+        self.line: deque[asyncio.Future[None]] = deque()
 
     @asynccontextmanager
     async def one(self, receive: Receive) -> Any:
         """Hold a place inside the block. Raises Refused where too many wait, Disconnected for a client that goes."""
-        if self.taken >= self.limits.concurrent + self.limits.queued:
+        if self.at_work < self.limits.concurrent:
+            self.at_work += 1
+        elif len(self.line) >= self.limits.queued:
             raise Refused(429, f"{self.limits.concurrent} requests at work and {self.limits.queued} waiting: try later")
-        self.taken += 1
+        else:
+            await self._turn(receive)
         try:
-            await self._place(receive)
-            try:
-                yield
-            finally:
-                self._free.release()
+            yield
         finally:
-            self.taken -= 1
+            self._give_back()
 
-    async def _place(self, receive: Receive) -> None:
-        """Wait for a place, unless the client goes first: its body was read, so that nothing but a disconnect can come."""
-        if not self._free.locked():
-            await self._free.acquire()  # at once
-            return
-        mine, gone = asyncio.ensure_future(self._free.acquire()), asyncio.ensure_future(receive())
+    def _give_back(self) -> None:
+        if self.line:
+            self.line.popleft().set_result(None)
+        else:
+            self.at_work -= 1
+
+    async def _turn(self, receive: Receive) -> None:
+        """Wait for a place, unless the client goes: its body was read, so that nothing but a disconnect can come."""
+        turn, gone = asyncio.get_running_loop().create_future(), asyncio.ensure_future(receive())
+        self.line.append(turn)
         try:
-            await asyncio.wait({mine, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not mine.done():
+            await asyncio.wait({turn, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not turn.done():
                 raise Disconnected
+            gone.cancel()
+            await asyncio.wait({gone})
         except BaseException:
-            if mine.done():  # cancelled in the moment it got its place
-                self._free.release()
+            if turn.done():
+                self._give_back()
+            else:
+                self.line.remove(turn)
             raise
         finally:
-            for task in (gone, mine):
-                if not task.done():
-                    task.cancel()
-                    with suppress(asyncio.CancelledError):
-                        await task
+            gone.cancel()
+
+
+def _is_local(headers: Sequence[tuple[bytes, bytes]]) -> bool:
+    """Whether the request names this machine: a page that had its own name point here (DNS rebinding) does not."""
+    hosts = [value.decode("latin-1").strip().lower() for name, value in headers if name.lower() == b"host"]
+    return len(hosts) == 1 and re.sub(r":\d+$", "", hosts[0]) in ("localhost", "127.0.0.1", "[::1]")
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -96,7 +96,7 @@ def checked(path: str, body: bytes, catalogue: Catalogue, limits: Limits) -> Ask
     each = max(_count(asked.get("n")), _count(asked.get("best_of")))
     sequences = each * (_prompts(asked.get("prompt")) if path == COMPLETIONS else 1)
     if sequences > limits.sequences:
-        raise _refusal(f"{sequences:.4g} answers in one request", f"at most {limits.sequences}: prompts x n")
+        raise _refusal(f"{min(sequences, 10**9)} answers in one request", f"at most {limits.sequences}: prompts x n")
     return Asked(mask, messages, asked.get("stream") is True, hashlib.sha256(body).hexdigest())
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import multiprocessing
+import multiprocessing.process
 import os
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -20,6 +24,8 @@ NOT_OPTIONS = (
     "config_format", "hf_config_path", "hf_overrides", "runner", "convert",
 )  # fmt: skip
 """Of LLM's options, those that say which model is run: the masks are checked against the model that load was given."""
+INSIST_S, STOP_S = 1.0, 3.0
+"""Between one Ctrl-C and the next; what an engine that did not come up is given to end."""
 KV_CACHE_BYTES = 2**30
 """Of the engine on a CPU, unless VLLM_CPU_KVCACHE_SPACE says otherwise: vLLM's own choice is most of the memory."""
 
@@ -55,7 +61,7 @@ def start(
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for results
     before = set(multiprocessing.active_children())
     try:
-        with output.around_start():
+        with output.around_start(), _insisting():
             from vllm import LLM
 
             _require_options(options, name=name)
@@ -64,12 +70,53 @@ def start(
                 additional_config=settings.as_config(), **{**_defaults(dtype), **options},
             )  # fmt: skip
     except BaseException as error:
-        for process in set(multiprocessing.active_children()) - before:
-            process.terminate()  # it ends its own workers
+        _stop(set(multiprocessing.active_children()) - before)
         if isinstance(error, MoesteerError) or not isinstance(error, Exception):
             raise
         found = output.explained(error)
         raise (found if isinstance(found, MoesteerError) else _failed(found, name=name)) from error
+
+
+@contextmanager
+def _insisting() -> Iterator[None]:
+    """Inside, a Ctrl-C is sent again until it is obeyed: vLLM's zmq_socket_ctx drops one, and waits on."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    main, asked, over = threading.get_ident(), threading.Event(), threading.Event()
+
+    def interrupt(number: int, frame: object) -> None:
+        asked.set()
+        if not over.is_set():
+            raise KeyboardInterrupt
+
+    def insist() -> None:
+        while not over.wait(INSIST_S):
+            if asked.is_set():
+                signal.pthread_kill(main, signal.SIGINT)
+
+    signal.signal(signal.SIGINT, interrupt)
+    thread = threading.Thread(target=insist, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if asked.is_set():  # what failed since did so because its processes were stopped too
+            raise KeyboardInterrupt
+
+
+def _stop(processes: set[multiprocessing.process.BaseProcess]) -> None:
+    """End an engine that did not come up; its workers see it go, and end themselves."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join(STOP_S)
+        if process.is_alive():
+            process.kill()
 
 
 def _defaults(dtype: str) -> dict[str, Any]:

@@ -85,6 +85,8 @@ class Tables:
         self.uniform: int | None = 0
         """The row of all tokens of this step, where they share one; looked at on a CPU only: no graph is replayed."""
         self.selecting: dict[int, Selecting] = {}
+        self.outside: dict[int, Selecting] = {}
+        """Layers that select outside of vLLM, so that what they would have selected unsteered is worked out here."""
 
     @property
     def forces(self) -> bool:
@@ -164,12 +166,14 @@ class Tables:
 
     def compared(self, before_NK: Tensor, after_NK: Tensor, layer_id: int) -> Tensor:
         """Count the steered tokens whose selection is another than without; gives `after_NK` back, as a new tensor."""
-        at = self.place[layer_id]
+        self._compare(before_NK, after_NK, self.place[layer_id])
+        return after_NK.clone()
+
+    def _compare(self, before_NK: Tensor, after_NK: Tensor, at: int) -> None:
         steered_N = self.row_T[: len(after_NK)] > 0
         differs_N = (before_NK.sort(-1).values != after_NK.sort(-1).values).any(-1)
         self.checked_L[at].add_(steered_N.sum())
         self.changed_L[at].add_((differs_N & steered_N).sum())
-        return after_NK.clone()
 
     def selected(
         self, weights_NK: Tensor, experts_NK: Tensor, logits_NE: Tensor, layer_id: int
@@ -193,6 +197,10 @@ class Tables:
             on_N = (force_NE > 0).sum(-1)
             self.forced_L[at].add_((force_NE != 0).sum())
             self.wrong_L[at].add_((picked_NK < 0).sum() + (on_N - (picked_NK > 0).sum(-1)).sum())
+        if self.raw_TLE is not None and (how := self.outside.get(layer_id)) is not None:
+            raw_NE = self.raw_TLE[:count, at]
+            _, before_NK = select(raw_NE, how.scoring, correction_E=how.correction_E, scale_E=how.scale_E)
+            self._compare(before_NK, experts_NK, at)
         if self.selected_TLK is not None:
             order = weights_NK.float().argsort(dim=-1, descending=True, stable=True)
             self.selected_TLK[:count, at].copy_(experts_NK.gather(1, order))

@@ -96,6 +96,8 @@ class Steered:
                 self.tables.selecting[layer.layer_id] = selecting(
                     found.routers[place], runner.device, output_scale=float(layer.runner.routed_scaling_factor)
                 )
+            if count and layer.linear is not None:
+                self.tables.outside[layer.layer_id] = selecting(found.routers[place], runner.device, output_scale=1.0)
             layer.patch(watch=watch, count=count)
             if layer.layer_id in self.tables.selecting and (not layer.watched or layer.linear is not None):
                 raise SelfCheckError(
