@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from moesteer.errors import InputError, ModelError, MoesteerError, NoEffectError
 from moesteer.serve.canary import Canary, State, watch
 from moesteer.serve.gated import GatedEngine
 from moesteer.serve.masks_dir import selectable
+from moesteer.serve.middleware import labels
 from moesteer.serve.policy import CLIENT, PREFIX, Keys, Limits, read_keys
 
 UNSAFE = {
@@ -202,7 +204,7 @@ async def _serve(chosen: Serving, settings: Settings, keys: Keys, args: argparse
     from vllm.entrypoints.launchers.app import build_app
     from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 
-    from moesteer.serve.middleware import Policy, labels
+    from moesteer.serve.middleware import Policy
 
     _, sock = setup_server(args, reuse_port=False)
     try:
@@ -220,9 +222,7 @@ async def _serve(chosen: Serving, settings: Settings, keys: Keys, args: argparse
             inside = app.middleware_stack or app.build_middleware_stack()
             app.middleware_stack = Policy(inside, gated=gated, state=state, keys=keys, limits=chosen.limits)
             state.reason = ""
-            logging.getLogger("vllm").info(
-                "moesteer: pinned %s; masks %s", labels(gated.catalogue.pins), sorted(gated.catalogue.named)
-            )
+            print(_announced(chosen, gated.catalogue), file=sys.stderr, flush=True)
             watching = asyncio.create_task(watch(canary, state, every_s=chosen.canary_s, timeout_s=chosen.timeout_s))
             stopped = await serve_http(
                 app, sock=sock, enable_ssl_refresh=args.enable_ssl_refresh, host=args.host, port=args.port,
@@ -237,6 +237,16 @@ async def _serve(chosen: Serving, settings: Settings, keys: Keys, args: argparse
         await stopped
     finally:
         sock.close()
+
+
+def _announced(chosen: Serving, catalogue: Catalogue) -> str:
+    """What is served, for the operator: one line, and one for each mask that cannot be offered."""
+    first = (
+        f"moesteer: {chosen.model} at http://{chosen.host}:{chosen.port}/v1; pinned: {labels(catalogue.pins)}; "
+        f"masks to choose from: {', '.join(sorted(catalogue.named)) or 'none'}"
+    )
+    refused = [f"moesteer: mask {name} is not offered: {why}" for name, why in sorted(catalogue.refused.items())]
+    return "\n".join([first, *refused])
 
 
 async def _prove(gated: GatedEngine, chosen: Serving) -> Canary:
