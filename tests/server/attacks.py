@@ -28,7 +28,9 @@ def junk(rng: random.Random, depth: int = 0) -> Any:
     if kind == 1:
         return rng.choice((0, 1, -1, 2**31, -(2**63), 10**18, 0.5, -0.0, 1e308))
     if kind < 5:
-        return rng.choice(("", "other", "clash", "!raw", "!1", "none", "a" * rng.randrange(200), rng.choice(TRAVERSALS[:40])))
+        return rng.choice(
+            ("", "other", "clash", "!raw", "!1", "none", "a" * rng.randrange(200), rng.choice(TRAVERSALS[:40]))
+        )
     if kind == 5:
         return rng.choice(PREFIXED)
     if kind == 6:

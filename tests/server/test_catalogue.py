@@ -12,9 +12,20 @@ import numpy as np
 import pytest
 
 from moesteer.backends.vllm.catalogue import MAX_ROWS, RAW, Catalogue, Member, Row
-from moesteer.backends.vllm.requests import MASK, READ, ROW, TICKET, Ticket, mark, require_marked, row_for, row_of, tickets
+from moesteer.backends.vllm.requests import (
+    MASK,
+    READ,
+    ROW,
+    TICKET,
+    Ticket,
+    mark,
+    require_marked,
+    row_for,
+    row_of,
+    salted,
+    tickets,
+)
 from moesteer.backends.vllm.requests import requested as requested_of
-from moesteer.backends.vllm.requests import salted
 from moesteer.backends.vllm.settings import settings_for
 from moesteer.errors import InputError, MaskContentError, MaskMismatchError, NoEffectError
 from moesteer.routing import steer_logits
@@ -82,7 +93,9 @@ def test_the_rows_are_what_their_masks_add_up_to() -> None:
 
 
 def test_strengths_and_forces_are_in_the_tables() -> None:
-    found = Catalogue([pinned(additive(PIN), alpha=0.5), pinned(forced(FORCE), number=2), named("other", additive(OTHER), alpha=-3)])
+    found = Catalogue(
+        [pinned(additive(PIN), alpha=0.5), pinned(forced(FORCE), number=2), named("other", additive(OTHER), alpha=-3)]
+    )
     bias, force = found.tables()
     row = found.by_name["!1+!2+other"].index
     assert bias[row, 0, 1] == 1.0 and bias[row, 1, 0] == -3.0 and force[row, 0, 6] == 1 and force[row, 1, 4] == -1
@@ -100,7 +113,9 @@ def test_equal_tables_have_equal_digests_and_others_others() -> None:
     digests = {row.digest for row in KINDS["both"].rows}
     assert len(digests) == len(KINDS["both"].rows) and KINDS["both"].rows[0].digest == "none"
     again = every_kind()["both"]
-    assert again.sha256 == KINDS["both"].sha256 and [r.digest for r in again.rows] == [r.digest for r in KINDS["both"].rows]
+    assert again.sha256 == KINDS["both"].sha256 and [r.digest for r in again.rows] == [
+        r.digest for r in KINDS["both"].rows
+    ]
     assert len({found.sha256 for found in KINDS.values()}) == len(KINDS)
     weaker = Catalogue([pinned(additive(PIN), alpha=0.999), *KINDS["additive"].members[1:]])
     assert weaker.sha256 != KINDS["additive"].sha256
@@ -113,7 +128,9 @@ def test_masks_that_touch_pinned_experts_are_refused_even_where_they_agree() -> 
         found.acting("clash")
     same = Catalogue([pinned(additive(PIN)), named("same", additive(PIN))])
     assert "and 1 more" in same.refused["same"] and "same" not in same.named
-    across = Catalogue([pinned(forced(FORCE)), named("soft", additive({(0, 6): 0.1})), named("hard", forced({(0, 6): -1}))])
+    across = Catalogue(
+        [pinned(forced(FORCE)), named("soft", additive({(0, 6): 0.1})), named("hard", forced({(0, 6): -1}))]
+    )
     assert set(across.refused) == {"soft", "hard"}
 
 
@@ -229,7 +246,9 @@ def test_2000_random_requests_reach_the_engines_core_with_the_pinned_masks_or_no
     for number in range(2000):
         given = any_args(rng)
         args = given if isinstance(given, dict) else None
-        salt = rng.choice((None, "", "x", f"moesteer:{found.rows[0].digest}:", f"moesteer:{rng.choice(found.rows).digest}:"))
+        salt = rng.choice(
+            (None, "", "x", f"moesteer:{found.rows[0].digest}:", f"moesteer:{rng.choice(found.rows).digest}:")
+        )
         request = SimpleNamespace(sampling_params=Params(extra_args=args), cache_salt=salt, request_id=str(number))
         try:
             mark(request, row_for(found, args))
@@ -238,7 +257,9 @@ def test_2000_random_requests_reach_the_engines_core_with_the_pinned_masks_or_no
         require_marked(found, request)
         row = row_of(found, request.sampling_params.extra_args)
         require_pinned(found, row)
-        assert request.cache_salt.startswith(f"moesteer:{row.digest}:") and READ not in request.sampling_params.extra_args
+        assert (
+            request.cache_salt.startswith(f"moesteer:{row.digest}:") and READ not in request.sampling_params.extra_args
+        )
         for place in range(len(LAYERS)):
             steered = steer_logits(logits, bias_TE=bias[row.index, place], force_TE=force[row.index, place])
             chosen = np.argsort(-steered, axis=-1, kind="stable")[:, :2]
@@ -303,14 +324,23 @@ def test_the_core_takes_no_request_that_was_not_marked() -> None:
         ({ROW: None}, None), ({ROW: ["!1"]}, None),
     ):  # fmt: skip
         with pytest.raises(InputError, match="without the row"):
-            require_marked(found, SimpleNamespace(sampling_params=Params(extra_args=args), cache_salt=salt, request_id="1"))
+            require_marked(
+                found, SimpleNamespace(sampling_params=Params(extra_args=args), cache_salt=salt, request_id="1")
+            )
     with pytest.raises(InputError):
         require_marked(found, SimpleNamespace(sampling_params=None, cache_salt=None, request_id="1"))
 
 
 def test_no_salt_of_a_client_reaches_another_rows_cache() -> None:
     rows, rng = KINDS["both"].rows, random.Random(0)
-    salts: list[str | None] = [None, "", ":", "moesteer:", *(f"moesteer:{r.digest}:" for r in rows), *(f":{r.digest}:" for r in rows)]
+    salts: list[str | None] = [
+        None,
+        "",
+        ":",
+        "moesteer:",
+        *(f"moesteer:{r.digest}:" for r in rows),
+        *(f":{r.digest}:" for r in rows),
+    ]
     salts += ["".join(rng.choice("moester:0123456789abcdef") for _ in range(rng.randrange(80))) for _ in range(500)]
     keys: dict[str, tuple[str, str]] = {}
     for row, salt in itertools.product(rows, salts):

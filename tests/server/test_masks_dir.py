@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from moesteer.backends.vllm.settings import settings_for
 from moesteer.errors import FileError, LimitError, MaskError, MaskMismatchError, MoesteerError
 from moesteer.serve.masks_dir import selectable
-from moesteer.backends.vllm.settings import settings_for
 from tests.server.fakes import OTHER, PIN, additive
 
 
@@ -36,7 +36,10 @@ LISTED = f'[masks.harden]\nfile = "other.safetensors"\nsha256 = "{SHA}"\n'
 def test_ids_are_file_names(folder: Path) -> None:
     (folder / "README.txt").write_text("not a mask")
     (folder / "sub").mkdir()
-    assert selectable(folder) == {"other": (folder / "other.safetensors", None), "pin": (folder / "pin.safetensors", None)}
+    assert selectable(folder) == {
+        "other": (folder / "other.safetensors", None),
+        "pin": (folder / "pin.safetensors", None),
+    }
 
 
 def test_other_strengths_have_ids_of_their_own(folder: Path) -> None:
@@ -103,7 +106,13 @@ def test_a_list_that_is_a_link_is_refused_and_never_taken_for_no_list(folder: Pa
 
 def test_what_is_no_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for path in (folder / "other.safetensors", tmp_path / "nothing", tmp_path / "pipe", Path("/dev/null"), Path("a\0b")):
+    for path in (
+        folder / "other.safetensors",
+        tmp_path / "nothing",
+        tmp_path / "pipe",
+        Path("/dev/null"),
+        Path("a\0b"),
+    ):
         with pytest.raises(FileError):
             selectable(path)
 
@@ -199,7 +208,9 @@ def test_a_list_names_no_path(folder: Path, file: str) -> None:
         selectable(folder)
 
 
-@pytest.mark.parametrize("file", ["nothing.safetensors", "a\\u0000.safetensors", "a" * 300 + ".safetensors", "~.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["nothing.safetensors", "a\\u0000.safetensors", "a" * 300 + ".safetensors", "~.safetensors"]
+)
 def test_a_list_that_names_what_is_not_there_is_refused(folder: Path, file: str) -> None:
     write(folder, LISTED.replace("other.safetensors", file))
     with pytest.raises(FileError, match="cannot be read"):

@@ -117,7 +117,11 @@ def test_all_other_paths_and_methods_are_shut(path: str, method: str) -> None:
     assert not app.seen
 
 
-@pytest.mark.parametrize("path", [*TWISTED, "/v1/chat/completions", "/v1/completions", "/plugins/moesteer/masks/", "/ready/", "/docs"], ids=ascii)
+@pytest.mark.parametrize(
+    "path",
+    [*TWISTED, "/v1/chat/completions", "/v1/completions", "/plugins/moesteer/masks/", "/ready/", "/docs"],
+    ids=ascii,
+)
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_nothing_else_is_read(path: str, method: str) -> None:
     app = FakeApp()
@@ -220,7 +224,9 @@ def test_compressed_bodies_are_not_taken(name: str) -> None:
     assert not app.seen
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "", "application/x-www-form-urlencoded", "application/jsonx", "multipart/form-data"])
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "", "application/x-www-form-urlencoded", "application/jsonx", "multipart/form-data"]
+)
 def test_bodies_are_said_to_be_json(kind: str) -> None:
     """A page in a browser can send the other kinds anywhere without asking first."""
     app = FakeApp()
@@ -265,7 +271,9 @@ def test_what_the_policy_refuses_never_gets_inside(body: bytes, status: int) -> 
 # ---------------------------------------------------------------- who
 
 
-@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/models", "/version", "/metrics", "/plugins/moesteer/masks"])
+@pytest.mark.parametrize(
+    "path", [CHAT, "/v1/completions", "/v1/models", "/version", "/metrics", "/plugins/moesteer/masks"]
+)
 def test_clients_need_a_key_and_it_must_be_theirs(path: str) -> None:
     method = "GET" if path not in (CHAT, "/v1/completions") else "POST"
     body = CHAT_BODY if path == CHAT else b'{"prompt": "x"}'
@@ -279,7 +287,9 @@ def test_clients_need_a_key_and_it_must_be_theirs(path: str) -> None:
         [("Authorization", f"Bearer {ALICE}, Bearer {BOB}")], [("Cookie", f"key={ALICE}")],
     ):  # fmt: skip
         found = ask(door, method, path, body, headers=headers)
-        assert found.status == 401 and ("www-authenticate", "Bearer") in [(k.decode(), v.decode()) for k, v in found.headers]
+        assert found.status == 401 and ("www-authenticate", "Bearer") in [
+            (k.decode(), v.decode()) for k, v in found.headers
+        ]
     assert not app.seen
     for headers in ([("Authorization", f"Bearer {ALICE}")], [("AUTHORIZATION", f"bearer {BOB}")]):
         assert ask(door, method, path, body, headers=headers).status == 200
@@ -296,7 +306,11 @@ def test_the_status_is_the_admins() -> None:
         twice = [("Authorization", f"Bearer {ADMIN}")] * 2
         assert ask(policy(keys=keys), "GET", path, headers=twice).status == 401
         found = json.loads(ask(policy(keys=keys), "GET", path, key=ADMIN).body)
-        assert found["ready"] and found["pinned"][0]["mask"] == additive(PIN).sha256 and list(found["refused"]) == ["clash"]
+        assert (
+            found["ready"]
+            and found["pinned"][0]["mask"] == additive(PIN).sha256
+            and list(found["refused"]) == ["clash"]
+        )
         assert ask(policy(keys=keys), "POST", path, key=ADMIN).status == (401 if keys is KEYS else 404)
 
 
@@ -603,7 +617,7 @@ def test_a_failure_and_a_client_that_goes_leave_a_line(lines: list[str]) -> None
 
 def test_no_line_holds_a_prompt_a_key_or_a_line_break(lines: list[str]) -> None:
     door = policy(keys=KEYS)
-    nasty = f"{SECRET}\r\n{{\"status\": 200}}\u2028\x1b[31m"
+    nasty = f'{SECRET}\r\n{{"status": 200}}\u2028\x1b[31m'
     for more in ({}, {"vllm_xargs": {"moesteer_mask": "other"}}, {"user": nasty}, {"n": 99}, {"moesteer": nasty}):
         for key in (ALICE, BOB, "wrong" * 5, None):
             ask(door, body=chat_body(**{"messages": [{"role": "user", "content": nasty}], **more}), key=key)

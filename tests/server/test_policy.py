@@ -53,7 +53,9 @@ def test_a_plain_body_passes_and_is_known_by_its_digest() -> None:
 
     body = chat_body(stream=True, vllm_xargs={"moesteer_mask": "other"})
     found = checked(CHAT, body, MASKS, Limits())
-    assert found == policy.Asked("other", ({"role": "user", "content": "hello"},), True, hashlib.sha256(body).hexdigest())
+    assert found == policy.Asked(
+        "other", ({"role": "user", "content": "hello"},), True, hashlib.sha256(body).hexdigest()
+    )
     bare = ask(COMPLETIONS)
     assert bare.mask is None and bare.messages is None and not bare.stream
 
@@ -229,7 +231,17 @@ def test_the_file_of_keys() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    [LONG, f":{LONG}", f"a b:{LONG}", f"a-b:{LONG}", f"1a:{LONG}", "a:", "a:secretsecret", f"alice:{OTHER}", f"\0:{LONG}"],
+    [
+        LONG,
+        f":{LONG}",
+        f"a b:{LONG}",
+        f"a-b:{LONG}",
+        f"1a:{LONG}",
+        "a:",
+        "a:secretsecret",
+        f"alice:{OTHER}",
+        f"\0:{LONG}",
+    ],
 )
 def test_wrong_lines_are_named_by_number_never_by_key(line: str) -> None:
     with pytest.raises(InputError) as caught:

@@ -80,6 +80,7 @@ def test_the_masks_matter(right: Truth) -> None:
     assert sum(right[text, A] != right[text, B] for text in TEXTS) > len(TEXTS) / 2
 
 
+@pytest.mark.slow
 def test_no_token_differs_in_five_hundred_batches(masks: list[SteeringMask], right: Truth) -> None:
     with engine("lab-tiny", masks, options=OPTIONS) as model, model.steered(masks):
         made = batches(0, BATCHES)

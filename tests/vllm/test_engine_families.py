@@ -147,6 +147,7 @@ if __name__ == "__main__":
 """vLLM by itself: a program that does not know of this package, and says what it generates."""
 
 
+@pytest.mark.slow
 def test_unsteered_is_what_vllm_says_without_the_plug_in(family: Callable[[str], Path]) -> None:
     names = ["qwen3_moe", "glm4_moe"]
     models = {name: load(family(name), dtype="float32") for name in names}

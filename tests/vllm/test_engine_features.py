@@ -73,6 +73,7 @@ def require_equal(model: VllmModel, prepared: Prepared) -> None:
 # ---------------------------------------------------------------- the scheduler
 
 
+@pytest.mark.slow
 def test_chunked_prefill(lab_tiny: Model, prepared: Prepared) -> None:
     texts, rows = [LONG + text for text in PROMPTS], ROWS
     masks, _, right = three_that_matter(lab_tiny, texts, rows, most=MOST)
@@ -169,6 +170,7 @@ def acting(model: VllmModel, masks: list[SteeringMask], rows: list[int]) -> list
         return model._acting(len(rows), rows)
 
 
+@pytest.mark.slow
 def test_ngram_drafts_are_checked_under_the_mask(prepared: Prepared) -> None:
     """In processes of its own: once numba is loaded, this vLLM can start no second engine in the same one."""
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
@@ -181,17 +183,20 @@ def test_ngram_drafts_are_checked_under_the_mask(prepared: Prepared) -> None:
 # ---------------------------------------------------------------- processes, ranks, compiled code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
         {},
         {"tensor_parallel_size": 2},
-        {"pipeline_parallel_size": 2, "enforce_eager": False},
+        {"pipeline_parallel_size": 2, "enforce_eager": False, "compilation_config": {"backend": "eager"}},
         {"enforce_eager": False},
     ],
     ids=["processes", "tensor-parallel", "pipeline-parallel", "compiled"],
 )
-def test_as_vllm_runs_by_default(options: dict[str, Any], prepared: Prepared) -> None:
+def test_as_vllm_runs_by_default(options: dict[str, Any], prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipeline-parallel ranks are traced, but not compiled: this vLLM has no eager ones on a CPU."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else every rank wants a NUMA node of its own
     ranks = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
     with engine("lab-tiny", prepared[0], processes=True, options=options) as model:
         require_equal(model, prepared)
@@ -311,6 +316,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_settings_without_the_plug_in_are_refused() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SWITCHED_OFF.format(model=LAB_TINY)], capture_output=True, text=True, timeout=300,

@@ -10,12 +10,14 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
+from jinja2 import TemplateError
+
 from moesteer.backends.chat import Chat
 from moesteer.backends.vllm.catalogue import Catalogue, Member, Row
 from moesteer.backends.vllm.gating import decided, needs_final_turn, needs_gate, probe
 from moesteer.backends.vllm.requests import OURS, Ticket, requested, tickets
 from moesteer.conversations import Message
-from moesteer.errors import DataError, MoesteerError, NoEffectError
+from moesteer.errors import MoesteerError, NoEffectError
 
 conversation: ContextVar[tuple[Mapping[str, Any], ...] | None] = ContextVar("moesteer_conversation", default=None)
 """The messages of the HTTP request that is being answered."""
@@ -89,7 +91,7 @@ class GatedEngine:
             return None
         try:
             encoded = self.chat.encode([_message(one) for one in messages])
-        except (MoesteerError, DataError, ValueError, TypeError, KeyError):
+        except (MoesteerError, TemplateError, ValueError, TypeError, LookupError):  # an empty last turn: IndexError
             return None
         return encoded.spans["final_turn"][0] if list(encoded.token_ids) == list(token_ids) else None
 

@@ -143,7 +143,15 @@ def _keys(chosen: Serving) -> Keys:
             do=f"chmod 600 {chosen.keys}",
         )
     text = files.read_bytes(chosen.keys, kind="table").decode("utf-8", "replace")
-    return Keys(read_keys(text, where=str(chosen.keys)), chosen.admin)
+    clients = read_keys(text, where=str(chosen.keys))
+    if not clients:
+        raise InputError(
+            "there is no key in the file of keys, so that anyone could ask",
+            where=str(chosen.keys),
+            expected="a line NAME:KEY for each client",
+            do="write one; `openssl rand -hex 24` makes a key",
+        )
+    return Keys(clients, chosen.admin)
 
 
 def _log_audit(path: Path | None) -> None:
@@ -190,6 +198,13 @@ def engine_arguments(chosen: Serving, settings: Settings) -> argparse.Namespace:
             expected="options that say how the model is run; who may ask for what is moesteer's",
             do=f"take --{option} out",
         )
+    if (args.host, args.port, args.uds) != (chosen.host, chosen.port, None):
+        raise InputError(
+            "where to answer is not among the options of the engine",
+            where=f"the options after --: host {args.host}, port {args.port}, uds {args.uds}"[:200],
+            expected="--host and --port of moesteer serve, before the two dashes",
+            do="put them there",
+        )
     args.load_format = "safetensors"
     args.additional_config = settings.as_config()
     args.h11_max_incomplete_event_size = chosen.limits.header_bytes
@@ -228,6 +243,7 @@ async def _serve(chosen: Serving, settings: Settings, keys: Keys, args: argparse
                 app, sock=sock, enable_ssl_refresh=args.enable_ssl_refresh, host=args.host, port=args.port,
                 log_level=args.uvicorn_log_level, access_log=False, ssl_keyfile=args.ssl_keyfile,
                 ssl_certfile=args.ssl_certfile, ssl_ca_certs=args.ssl_ca_certs, ssl_cert_reqs=args.ssl_cert_reqs,
+                http="h11",  # with the faster parser, the limit on headers would not hold
                 ssl_ciphers=args.ssl_ciphers, h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
                 h11_max_header_count=args.h11_max_header_count,
             )  # fmt: skip
