@@ -10,7 +10,8 @@ TRAVERSALS = (
     "..", ".", "../x", "../../etc/passwd", "..\\", "..\\..\\x", "%2e%2e", "%2e%2e%2fother", "..%2fother", "..%5cother",
     "%252e%252e%252fother", "/etc/passwd", "/", "//other", "\\\\host\\other", "C:\\other", "file:///etc/passwd",
     "other/../other", "./other", "other/.", "other/", "other\\", "other\0", "\0", "other\0.safetensors", "other\n",
-    " other", "other ", "other\t", "OTHER", "Other", "ｏｔｈｅｒ", "оther", "other\u200b", "\u202eother", "other.safetensors",
+    " other", "other ", "other\t", "OTHER", "Other", "ｏｔｈｅｒ", "оther", "other\u200b", "\u202eother",
+    "other.safetensors",
     "..\u2215other", "\uff0e\uff0e/other", "o" * 65, "o" * 100_000, "", "~/other", "$HOME", "other;clash", "!raw", "!1",
     "!1+other", "clash", "__class__", "other+other", "*", "othe?", "\ud800",
 )  # fmt: skip
@@ -65,7 +66,8 @@ FIELDS = (
 PATHS = (
     "/v1/chat/completions", "/v1/completions", "/v1/chat/completions/", "//v1/completions", "/v1//completions",
     "/V1/completions", "/v1/completions;x", "/v1/completions?x=1", "/v1/completions%2f", "/v1/%63ompletions",
-    "/v1/./completions", "/v1/x/../completions", "/v1/responses", "/v1/messages", "/tokenize", "/detokenize", "/pooling",
+    "/v1/./completions", "/v1/x/../completions", "/v1/responses", "/v1/messages", "/tokenize", "/detokenize",
+    "/pooling",
     "/classify", "/score", "/v1/embeddings", "/rerank", "/invocations", "/inference/v1/generate", "/pause", "/resume",
     "/sleep", "/wake_up", "/collective_rpc", "/reset_prefix_cache", "/update_weights", "/init_weight_transfer_engine",
     "/start_profile", "/server_info", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/scale_elastic_ep", "/load",

@@ -104,7 +104,9 @@ class Served:
         import psutil
 
         mine = psutil.Process(self.process.pid).children(recursive=True)
-        return [one for one in reversed(mine) if "VLLM" in " ".join(one.cmdline() or [one.name()]) or "VLLM" in one.name()]
+        return [
+            one for one in reversed(mine) if "VLLM" in " ".join(one.cmdline() or [one.name()]) or "VLLM" in one.name()
+        ]
 
 
 def free_port() -> int:
@@ -122,7 +124,9 @@ def words(port: int, *more: object, engine: Sequence[str] = ()) -> list[str]:
 
 
 @contextmanager
-def serving(folder: Path, *more: object, env: dict[str, str] | None = None, engine: Sequence[str] = ()) -> Iterator[Served]:
+def serving(
+    folder: Path, *more: object, env: dict[str, str] | None = None, engine: Sequence[str] = ()
+) -> Iterator[Served]:
     """A server that is ready, until the block ends; then nothing of it is left."""
     port, log, audit = free_port(), folder / "serve.log", folder / "audit.log"
     with open(log, "wb") as handle:
@@ -155,7 +159,9 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait(20)
 
 
-def fails(folder: Path, *more: object, env: dict[str, str] | None = None, engine: Sequence[str] = ()) -> tuple[int, str, list[int]]:
+def fails(
+    folder: Path, *more: object, env: dict[str, str] | None = None, engine: Sequence[str] = ()
+) -> tuple[int, str, list[int]]:
     """(exit code, what it printed, statuses of /ready meanwhile) of a server that is not to start."""
     port, log = free_port(), folder / "fails.log"
     with open(log, "wb") as handle:

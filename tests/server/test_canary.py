@@ -1,4 +1,4 @@
-"""The handshake and the canary: each way in which an engine may stop steering ends the server's answers. Needs no vLLM."""
+"""The handshake and the canary: each way in which an engine may stop steering ends all answers. Needs no vLLM."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def after(fault: Callable[[FakeEngine], None], *, timeout_s: float = 5.0) -> tup
     return result
 
 
-class Odd(Exception):
+class OddError(Exception):
     def __str__(self) -> str:
         return "\nthe first line is empty"
 
@@ -208,7 +208,7 @@ class Odd(Exception):
         (lambda e: setattr(e, "change", lambda reports: None), "None|len"),
         (lambda e: setattr(e, "raises", RuntimeError("the engine died")), "the engine died"),
         (lambda e: setattr(e, "raises", RuntimeError()), "RuntimeError"),
-        (lambda e: setattr(e, "raises", Odd()), "Odd"),
+        (lambda e: setattr(e, "raises", OddError()), "OddError"),
         (lambda e: setattr(e, "raises", TimeoutError()), "no answer"),
         (lambda e: setattr(e, "finish", "abort"), "no answer"),
     ],

@@ -194,7 +194,7 @@ def test_a_file_that_changed_since_the_settings_were_written_is_refused(tmp_path
 
 
 def require_pinned(found: Catalogue, row: Row) -> None:
-    """Fails unless every ungated pinned mask is in the row, whole, and the tables say so where they may not be touched."""
+    """Fails unless every ungated pinned mask is in the row, and whole in the tables wherever it has an entry."""
     bias, force = found.tables()
     for pin in found.pins:
         if pin.mask.gated and pin not in row.members:
@@ -319,7 +319,8 @@ def test_tickets_cannot_be_guessed_and_do_not_leave_the_process() -> None:
 def test_the_core_takes_no_request_that_was_not_marked() -> None:
     found = catalogue()
     for args, salt in (
-        (None, None), ({}, None), ({ROW: "!1"}, None), ({ROW: "!1"}, "x"), ({ROW: "nonsense"}, f"moesteer:{found.default.digest}:"),
+        (None, None), ({}, None), ({ROW: "!1"}, None), ({ROW: "!1"}, "x"),
+        ({ROW: "nonsense"}, f"moesteer:{found.default.digest}:"),
         ({ROW: "!1"}, f"moesteer:{found.rows[0].digest}:"), ({ROW: "!1"}, f"moesteer:{found.default.digest}"),
         ({ROW: None}, None), ({ROW: ["!1"]}, None),
     ):  # fmt: skip

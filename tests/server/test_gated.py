@@ -1,4 +1,4 @@
-"""Gates before the engine's `generate`: when they are asked, what of, and what happens where nobody can tell. No vLLM."""
+"""Gates before the engine's `generate`: when they are asked, and what happens where nobody can. Needs no vLLM."""
 
 from __future__ import annotations
 
@@ -94,8 +94,10 @@ NOBODY_CAN_TELL: dict[str, dict[str, Any]] = {
     "fewer tokens": {"ids": IDS[:-1]},
     "tools": {"talk": (*TALK[:-1], {**TALK[-1], "tool_calls": [{"id": "x"}]})},
     "an image": {"talk": ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]},)},
-    "text and image": {"talk": ({"role": "user", "content": [{"type": "text", "text": "hello"}, {"type": "image_url"}]},)},
-    "two texts": {"talk": ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},)},
+    "text and image": {"talk": ({"role": "user", "content": [{"type": "text", "text": "hello"},
+    {"type": "image_url"}]},)},
+    "two texts": {"talk": ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text",
+    "text": "b"}]},)},
     "no content": {"talk": ({"role": "user"},)},
     "content null": {"talk": ({"role": "user", "content": None},)},
     "content a number": {"talk": ({"role": "user", "content": 5},)},
@@ -158,7 +160,8 @@ def test_plain_text_may_come_in_parts_and_with_names() -> None:
 @pytest.mark.parametrize(
     ("scores", "error"),
     [
-        ([], NoEffectError), ([["4 of its positions were read"]], NoEffectError), ([["it was not read"]], NoEffectError),
+        ([], NoEffectError), ([["4 of its positions were read"]], NoEffectError),
+        ([["it was not read"]], NoEffectError),
         ([[[float("nan")]]], NanLogitsError), ([[[float("inf")]]], NanLogitsError),
     ],
 )  # fmt: skip

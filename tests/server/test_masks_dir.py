@@ -220,11 +220,14 @@ def test_a_list_that_names_what_is_not_there_is_refused(folder: Path, file: str)
 @pytest.mark.parametrize(
     "text",
     [
-        "", "x = 1", "[mask.harden]", "masks = 1", "masks = []", "[[masks]]", LISTED + "note = 1\n", LISTED + 'path = "/x"\n',
-        LISTED.replace(SHA, ""), LISTED.replace(SHA, SHA[:63]), LISTED.replace(SHA, SHA.upper()), LISTED.replace(SHA, SHA + "0"),
+        "", "x = 1", "[mask.harden]", "masks = 1", "masks = []", "[[masks]]", LISTED + "note = 1\n",
+        LISTED + 'path = "/x"\n',
+        LISTED.replace(SHA, ""), LISTED.replace(SHA, SHA[:63]), LISTED.replace(SHA, SHA.upper()),
+        LISTED.replace(SHA, SHA + "0"),
         "[masks.harden]\nfile = 'other.safetensors'\n", f"[masks.harden]\nsha256 = '{SHA}'\n", LISTED + LISTED,
         LISTED + "sha256 = 'x'\n", LISTED + "alpha = nan\n", LISTED + "alpha = inf\n", LISTED + "alpha = 'x'\n",
-        LISTED + "alphas = 0.5\n", LISTED + "alphas = ['x']\n", LISTED + "alphas = [nan]\n", LISTED + "alphas = [inf]\n",
+        LISTED + "alphas = 0.5\n", LISTED + "alphas = ['x']\n", LISTED + "alphas = [nan]\n",
+        LISTED + "alphas = [inf]\n",
         LISTED + "[other]\n", LISTED.replace('"', ""), "a = " + "[" * 20_000, LISTED + "\0",
     ],
     ids=lambda text: repr(text[:20]),

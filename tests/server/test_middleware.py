@@ -236,8 +236,10 @@ def test_bodies_are_said_to_be_json(kind: str) -> None:
     assert ask(policy(app), headers=[("Content-Type", "Application/JSON; charset=utf-8")]).status == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", "", "127.0.0.1:80:80",
-                                  "evil.example:8000", "0.0.0.0", "[::1].x", "localhost@evil.example", "127.0.0.1\n"])  # fmt: skip
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", "",
+"127.0.0.1:80:80",
+                                  "evil.example:8000", "0.0.0.0", "[::1].x", "localhost@evil.example",
+                                  "127.0.0.1\n"])  # fmt: skip
 def test_without_keys_only_this_machines_own_names_are_answered(host: str) -> None:
     """A page whose name was made to point here (DNS rebinding) still says its own name."""
     app = FakeApp()
@@ -255,8 +257,10 @@ def test_without_keys_only_this_machines_own_names_are_answered(host: str) -> No
     ("body", "status"),
     [
         (b"", 400), (b"[]", 400), (b'{"a": 1, "a": 1}', 400), (b"\xff", 400), (b"[" * 100_000, 400),
-        (chat_body(vllm_xargs={"moesteer_mask": "nothing"}), 400), (chat_body(vllm_xargs={"moesteer_mask": "clash"}), 400),
-        (chat_body(vllm_xargs={"moesteer_mask": "../other"}), 400), (chat_body(vllm_xargs={"moesteer_row": "!raw"}), 400),
+        (chat_body(vllm_xargs={"moesteer_mask": "nothing"}), 400),
+        (chat_body(vllm_xargs={"moesteer_mask": "clash"}), 400),
+        (chat_body(vllm_xargs={"moesteer_mask": "../other"}), 400),
+        (chat_body(vllm_xargs={"moesteer_row": "!raw"}), 400),
         (chat_body(moesteer_mask="other"), 400), (chat_body(n=10**6), 400), (chat_body(chat_template="{{ x }}"), 400),
         (chat_body(messages=[{}] * 100_000), 400), (chat_body(vllm_xargs={"moesteer_mask": "other"}), 200),
     ],

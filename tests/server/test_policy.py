@@ -96,7 +96,8 @@ def test_our_prefix_is_refused_at_the_top_in_any_case(path: str, key: str) -> No
     "extra",
     [
         "other", 1, 0, True, False, [], [1], ["moesteer_mask"], {"moesteer_mask": 1}, {"moesteer_mask": True},
-        {"moesteer_mask": False}, {"moesteer_mask": 0}, {"moesteer_mask": ["other"]}, {"moesteer_mask": {"id": "other"}},
+        {"moesteer_mask": False}, {"moesteer_mask": 0}, {"moesteer_mask": ["other"]},
+        {"moesteer_mask": {"id": "other"}},
         {"moesteer_mask": "other", "x": 1}, {"x": 1}, {"Moesteer_mask": "other"}, {"MOESTEER_MASK": "other"},
         {" moesteer_mask": "other"}, {"moesteer_mask ": "other"}, {"": "other"}, {"moesteer_alpha": 2.0},
         *({key: "!raw"} for key in PREFIXED if key != "moesteer_mask"),
@@ -179,7 +180,8 @@ def test_a_key_is_a_client() -> None:
     keys = Keys({"a": LONG, "b": OTHER}, None)
     assert keys.client(f"Bearer {LONG}") == "a" and keys.client(f"bearer {OTHER}") == "b"
     for wrong in ("", "Bearer", "Bearer ", LONG, f"Basic {LONG}", f"Bearer {LONG}x", f"Bearer {LONG[:-1]}",
-                  f"Bearer {LONG.upper()}", f"Bearer {LONG} {OTHER}", f"Bearer\t{LONG}", f"Bearer {LONG}\0", "Bearer \xff"):  # fmt: skip
+                  f"Bearer {LONG.upper()}", f"Bearer {LONG} {OTHER}", f"Bearer\t{LONG}", f"Bearer {LONG}\0",
+                  "Bearer \xff"):  # fmt: skip
         assert keys.client(wrong) is None
 
 

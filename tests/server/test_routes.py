@@ -41,7 +41,8 @@ def test_the_routes_of_vllm_are_known() -> None:
 @pytest.mark.parametrize(
     "shadow",
     [
-        Route("/v1/completions", answer("evil"), methods=["POST"]), Route("/v1/{what}", answer("evil"), methods=["POST"]),
+        Route("/v1/completions", answer("evil"), methods=["POST"]),
+        Route("/v1/{what}", answer("evil"), methods=["POST"]),
         Route("/{path:path}", answer("evil"), methods=["POST", "GET"]), Mount("/v1", app=answer("evil")),
         Mount("", app=answer("evil")), Route("/v1/models", answer("__main__"), methods=["GET"]),
         Route("/metrics", answer("moesteer_evil"), methods=["GET"]), Route("/v1/chat/completions", answer("vllmx.api")),

@@ -307,8 +307,10 @@ def arguments(masks: Masks, *engine: str) -> Any:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--trust-remote-code",), ("--api-key", "x"), ("--middleware", "x.y"), ("--enable-lora",), ("--root-path", "/x"),
-        ("--load-format", "dummy"), ("--worker-extension-cls", "x.y"), ("--enable-log-requests",), ("--host", "0.0.0.0"),
+        ("--trust-remote-code",), ("--api-key", "x"), ("--middleware", "x.y"), ("--enable-lora",),
+        ("--root-path", "/x"),
+        ("--load-format", "dummy"), ("--worker-extension-cls", "x.y"), ("--enable-log-requests",),
+        ("--host", "0.0.0.0"),
         ("--port", "1"), ("--uds", "/tmp/x"), ("--trust-request-chat-template",), ("--logits-processors", "x:y"),
         ("--additional-config", "{}"), ("--api-server-count", "2"), ("--headless",),
         ("--load-format", "runai_streamer"),
@@ -528,3 +530,7 @@ def test_a_worker_that_hangs_ends_all_answers(masks: Masks, tmp_path: Path) -> N
         assert time.monotonic() - start < 10
         until(lambda: server.ready() != 200, seconds=KILLED_S, every=0.01)
         assert outcome(server) in (0, 503)
+        until(lambda: server.process.poll() is not None, seconds=20)
+        assert server.process.returncode != 0
+        if worker.is_running():  # it cannot hear that it is to end
+            worker.kill()

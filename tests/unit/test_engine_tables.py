@@ -226,3 +226,10 @@ def test_warm_up_passes_are_not_steered() -> None:
     made.clear_rows()
     logits = torch.randn(2, EXPERTS)
     assert torch.equal(torch.ops.moesteer.steer(logits, 4), logits)
+
+
+def test_rows_of_an_earlier_step_do_not_reach_into_padding() -> None:
+    made = tables()
+    set_rows(made, [1] * 8)
+    set_rows(made, [2, 3])
+    assert made.row_T.tolist() == [2, 3] + [0] * (TOKENS - 2)

@@ -250,7 +250,15 @@ async def _serve(chosen: Serving, settings: Settings, keys: Keys, args: argparse
             watching.cancel()
             with suppress(asyncio.CancelledError):
                 await watching
+            reason = "the engine died" if engine.errored else state.reason
         await stopped
+        if reason:
+            raise NoEffectError(
+                f"the server stopped answering: {reason}",
+                where=chosen.model,
+                expected="an engine that steers until it is stopped",
+                do="see what the engine printed, and start it again",
+            )
     finally:
         sock.close()
 

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from moesteer.backends.fingerprinting import routers_of_files
+from moesteer.backends.vllm.tables import Selecting
 from moesteer.errors import SelfCheckError
 from moesteer.fingerprint import Fingerprint
 from moesteer.models.routers import Router
+from moesteer.models.selecting import select
 
 _TAPPED = "_moesteer_layer"
 
@@ -151,6 +153,23 @@ def _watch(layer: LayerRouter, *, count: bool) -> bool:
 
     runner.router._compute_routing = compute
     return True
+
+
+def require_same_selection(layer: LayerRouter, how: Selecting, *, experts: int, device: torch.device) -> None:
+    """Raise SelfCheckError unless our selection beside a router is the router's own, where nothing is forced."""
+    hidden = int(layer.runner.moe_config.hidden_dim)
+    logits = torch.randn((32, experts), generator=torch.Generator().manual_seed(0)).to(device)
+    theirs, ids = layer.runner.router._compute_routing(torch.zeros((32, hidden), device=device), logits, None)
+    weights, chosen = select(logits, how.scoring, correction_E=how.correction_E, scale_E=how.scale_E)
+    order, mine = ids.long().argsort(-1), chosen.argsort(-1)
+    same = torch.equal(ids.long().gather(1, order), chosen.gather(1, mine))
+    if not same or not torch.allclose(theirs.float().gather(1, order), weights.gather(1, mine), rtol=1e-3, atol=1e-5):
+        raise SelfCheckError(
+            "the engine's router selects, or weighs, otherwise than the checkpoint's config says",
+            where=f"layer {layer.layer_id} ({layer.path}): {how.scoring.describe()}",
+            expected="the same selection, so that forced experts can be put into it",
+            do="use an additive mask; report this, with the model and vLLM's version",
+        )
 
 
 def patch_dispatch() -> None:

@@ -82,6 +82,7 @@ class Tables:
         self.raw_TLE = torch.zeros((*shape, self.experts), dtype=torch.float32, device=device) if count else None
         self.checked_L = torch.zeros(len(layer_ids), dtype=torch.int64, device=device)
         self.changed_L = torch.zeros(len(layer_ids), dtype=torch.int64, device=device)
+        self._filled = 0
         self.uniform: int | None = 0
         """The row of all tokens of this step, where they share one; looked at on a CPU only: no graph is replayed."""
         self.selecting: dict[int, Selecting] = {}
@@ -98,13 +99,16 @@ class Tables:
         count = len(rows_N)
         self.uniform = int(rows_N[0]) if count and bool((rows_N == rows_N[0]).all()) else None
         staging[:count] = torch.from_numpy(rows_N)
+        if count < self._filled:  # a step may be padded beyond its tokens: no token, no row
+            self.row_T[count : self._filled].zero_()
+        self._filled = count
         if staging is not self.row_T:
             self.row_T[:count].copy_(staging[:count], non_blocking=True)
 
     def clear_rows(self) -> None:
         """No token is steered: warm-up, profiling, graph capture."""
         self.row_T.zero_()
-        self.uniform = 0
+        self._filled, self.uniform = 0, 0
 
     def content(self) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
         """(bias [R, L, E], force [R, L, E]) as they are on the device now."""

@@ -18,11 +18,12 @@ from safetensors.numpy import save as save_tensors
 from moesteer import files, gate
 from moesteer.backends.vllm.catalogue import Catalogue
 from moesteer.backends.vllm.requests import READ, row_of
-from moesteer.backends.vllm.routers import LayerRouter, find_layers
+from moesteer.backends.vllm.routers import Found, LayerRouter, find_layers, require_same_selection
 from moesteer.backends.vllm.settings import Settings
 from moesteer.backends.vllm.tables import Tables, logits_decide, run_with, selecting
 from moesteer.errors import NoEffectError, SelfCheckError
 from moesteer.models.limits import require_possible
+from moesteer.models.routers import Router
 from moesteer.routing import steer_logits
 from moesteer.version import __version__
 
@@ -73,41 +74,49 @@ class Steered:
             member.mask.check_model(found.fingerprint, allow_other_checkpoint=self.settings.allow_other_checkpoint)
             require_possible(member.mask, found.routers)
         at = [found.fingerprint.layer_ids.index(layer.layer_id) for layer in found.here]
-        if self.catalogue.members:
-            bias_RLE, force_RLE = self.catalogue.tables()
-        else:
-            shape = (1, len(found.fingerprint.layer_ids), found.fingerprint.experts)
-            bias_RLE, force_RLE = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.int8)
-        self.tables = Tables(
-            tuple(layer.layer_id for layer in found.here), bias_RLE[:, at], force_RLE[:, at], self._gates(at),
-            tokens=runner.max_num_tokens, top_k=found.fingerprint.top_k, capture=self.settings.capture,
-            count=self.settings.count, device=runner.device,
-        )  # fmt: skip
+        self.tables = self._make_tables(found, at)
         on_gpu = runner.device.type != "cpu"
         self._staging = (
             torch.zeros(runner.max_num_tokens, dtype=torch.int32, pin_memory=True) if on_gpu else self.tables.row_T
         )
         self._expected = self._content_sha256()
-        count = self.settings.count
-        watch = self.settings.capture is not None or self.tables.forces or count
         for layer, place in zip(found.here, at, strict=True):
-            forced = self.tables.force[self.tables.place[layer.layer_id]] is not None
-            if forced and not logits_decide(found.routers[place]):
-                self.tables.selecting[layer.layer_id] = selecting(
-                    found.routers[place], runner.device, output_scale=float(layer.runner.routed_scaling_factor)
-                )
-            if count and layer.linear is not None:
-                self.tables.outside[layer.layer_id] = selecting(found.routers[place], runner.device, output_scale=1.0)
-            layer.patch(watch=watch, count=count)
-            if layer.layer_id in self.tables.selecting and (not layer.watched or layer.linear is not None):
+            self._patch(layer, found.routers[place])
+        self._check_operator()
+        run_with(self.tables)
+
+    def _make_tables(self, found: Found, at: list[int]) -> Tables:
+        """at: places of this worker's layers in the fingerprint."""
+        if self.catalogue.members:
+            bias_RLE, force_RLE = self.catalogue.tables()
+        else:
+            shape = (1, len(found.fingerprint.layer_ids), found.fingerprint.experts)
+            bias_RLE, force_RLE = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.int8)
+        return Tables(
+            tuple(layer.layer_id for layer in found.here), bias_RLE[:, at], force_RLE[:, at], self._gates(at),
+            tokens=self.runner.max_num_tokens, top_k=found.fingerprint.top_k, capture=self.settings.capture,
+            count=self.settings.count, device=self.runner.device,
+        )  # fmt: skip
+
+    def _patch(self, layer: LayerRouter, router: Router) -> None:
+        """Tap one layer. Raises SelfCheckError where its selection has to be made beside it, and cannot."""
+        assert self.tables is not None
+        tables, count = self.tables, self.settings.count
+        forced = tables.force[tables.place[layer.layer_id]] is not None
+        if forced and not logits_decide(router):
+            how = selecting(router, tables.device, output_scale=float(layer.runner.routed_scaling_factor))
+            if layer.linear is not None or layer.runner.is_monolithic:
                 raise SelfCheckError(
                     "the experts are selected where the logits are not seen, and these alone cannot force this router",
-                    where=f"layer {layer.layer_id} ({layer.path}): {found.fingerprint.scoring}",
+                    where=f"layer {layer.layer_id} ({layer.path}): {router.scoring.describe()}",
                     expected="a kernel that takes the selection (modular), for forced masks on such routers",
                     do="choose another --moe-backend (triton), or use an additive mask",
                 )
-        self._check_operator()
-        run_with(self.tables)
+            require_same_selection(layer, how, experts=tables.experts, device=tables.device)
+            tables.selecting[layer.layer_id] = how
+        if count and layer.linear is not None:
+            tables.outside[layer.layer_id] = selecting(router, tables.device, output_scale=1.0)
+        layer.patch(watch=self.settings.capture is not None or tables.forces or count, count=count)
 
     def _gates(self, at: list[int]) -> NDArray[np.float32]:
         """[L here, E, G]: the weights of every part of every gate, in the catalogue's order."""
