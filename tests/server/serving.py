@@ -22,7 +22,7 @@ from moesteer.backends.hf import Model
 from moesteer.mask import Intent, MaskInfo, SteeringMask
 
 ADMIN = "the-admin-of-the-tests"
-START_S = 120
+START_S = 240
 RUN = [sys.executable, "-c", "from moesteer.cli.main import run; run()"]
 
 

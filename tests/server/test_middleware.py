@@ -78,9 +78,15 @@ def test_a_request_passes_byte_for_byte() -> None:
 def test_the_conversation_is_there_while_the_request_is_answered() -> None:
     seen: list[Any] = []
     app = FakeApp(before=lambda: seen.append(conversation.get()))
-    ask(policy(app))
-    ask(policy(app), path="/v1/completions", body=b'{"prompt": "x"}')
-    assert seen == [({"role": "user", "content": "hello"},), None] and conversation.get() is None
+    door = policy(app)
+
+    async def both() -> None:
+        for path, body in ((CHAT, CHAT_BODY), ("/v1/completions", b'{"prompt": "x"}')):
+            await Client(door).ask(path=path, body=body)
+            assert conversation.get() is None
+
+    run(both)
+    assert seen == [({"role": "user", "content": "hello"},), None]
 
 
 def test_the_lifespan_passes() -> None:
@@ -383,7 +389,37 @@ def test_a_request_that_waited_while_the_engine_died_is_not_let_in() -> None:
         app.until.set()
         return [(await one).status for one in both]
 
-    assert run(two) == [200, 503] and len(app.seen) == 1
+    assert run(two) == [503, 503] and len(app.seen) == 1
+
+
+def test_an_answer_on_its_way_breaks_off_when_the_canary_fails() -> None:
+    app = FakeApp(stream=10_000, pause=0.01)
+    door = policy(app)
+
+    async def story() -> int:
+        client = Client(door)
+        task = asyncio.create_task(client.ask())
+        await asyncio.sleep(0.1)
+        door.state.reason = "the canary found the engine not steering"
+        count = len(client.answer.chunks)
+        with pytest.raises(ConnectionAbortedError):
+            await task
+        assert client.answer.status == 200 and len(client.answer.chunks) == count > 3
+        return count
+
+    run(story)
+    assert all(slots.at_work == 0 for slots in door.slots.values())
+
+
+def test_the_error_that_a_dead_engine_leaves_is_passed_on() -> None:
+    app = FakeApp(stream=3, pause=0.01)
+    door = policy(app)
+
+    def die() -> None:
+        door.gated.engine.errored, door.state.reason = True, "the engine died"
+
+    app.before = die
+    assert ask(door).status == 200  # a stream that had begun: what comes is vLLM's error
 
 
 # ---------------------------------------------------------------- overload

@@ -27,6 +27,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 HEADER = "X-Moesteer-Mask"
+NOT_READY = "not ready: the pinned masks are not known to act"
 audit = logging.getLogger("moesteer.audit")
 
 
@@ -137,7 +138,7 @@ class Policy:
 
     async def _generate(self, scope: Message, receive: Receive, send: Send, line: dict[str, Any]) -> None:
         if not self._alive():
-            raise Refused(503, "not ready: the pinned masks are not known to act")
+            raise Refused(503, NOT_READY)
         if any(name.lower() == b"content-encoding" for name, _ in scope["headers"]):
             raise Refused(415, "bodies are taken as they are, not compressed")
         kinds = [value for name, value in scope["headers"] if name.lower() == b"content-type"]
@@ -153,7 +154,7 @@ class Policy:
         slots = self.slots.setdefault(line["client"], Slots(self.limits))
         async with slots.one(receive):
             if not self._alive():
-                raise Refused(503, "not ready: the pinned masks are not known to act")
+                raise Refused(503, NOT_READY)
             token = conversation.set(asked.messages)
             try:
                 await self.app(scope, _replayed(body, receive), self._marked(send, acting, asked, line))
@@ -179,10 +180,19 @@ class Policy:
             raise Refused(408, f"the body did not come in {limit.body_s:g} s") from error
 
     def _marked(self, send: Send, acting: Sequence[Member], asked: Asked, line: dict[str, Any]) -> Send:
-        """Send with our header; an engine that died answers 503."""
+        """Send with our header; an engine that died answers 503, and one that stopped steering answers no more."""
+        answering = False
 
         async def marked(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            nonlocal answering
+            begins = message["type"] == "http.response.start"
+            if begins:
+                answering = message["status"] < 400
+            if answering and not self.state.ready and not self.gated.engine.errored:
+                if begins:
+                    raise Refused(503, NOT_READY)
+                raise ConnectionAbortedError(NOT_READY)
+            if begins:
                 if message["status"] >= 500 and self.gated.engine.errored:
                     self.state.reason = "the engine died"
                     message = {**message, "status": 503}
