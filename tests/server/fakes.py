@@ -20,6 +20,7 @@ from moesteer.serve.canary import State
 from moesteer.serve.gated import GatedEngine
 from moesteer.serve.middleware import Policy
 from moesteer.serve.policy import Keys, Limits
+from moesteer.version import __version__
 
 LAYERS, EXPERTS, TOP_K = (1, 3, 4), 8, 2
 """Of the masks here; layer ids are not their places, so that the two cannot be mistaken for each other."""
@@ -150,8 +151,10 @@ class FakeEngine:
         for count in (4, 8):
             await asyncio.sleep(0)
             entries = [{token: SimpleNamespace(logprob=base)} for token in tokens[:count]]
+            weighed = [{token: SimpleNamespace(logprob=base)} for token in prompt["prompt_token_ids"]]
             yield SimpleNamespace(
-                outputs=[SimpleNamespace(token_ids=tokens[:count], logprobs=entries, finish_reason=self.finish)]
+                outputs=[SimpleNamespace(token_ids=tokens[:count], logprobs=entries, finish_reason=self.finish)],
+                prompt_logprobs=[None, *weighed[1:]],
             )
 
     async def collective_rpc(self, name: str, args: tuple[Any, ...] = ()) -> list[Any]:
@@ -170,7 +173,7 @@ class FakeEngine:
             beats = [self.steps] * len(layers) if self.beats is None else self.beats(rank)
             reports.append(
                 {
-                    "version": "test", "rank": rank, "catalogue": self.catalogue.sha256, "layer_ids": layers,
+                    "version": __version__, "rank": rank, "catalogue": self.catalogue.sha256, "layer_ids": layers,
                     "patched": len(layers), "watched": 0, "intact": True, "tables_sha256": "", "beats": beats,
                     "forced": 0, "wrong": 0, "checked": 0, "changed": 0, "steps": self.steps,
                 }

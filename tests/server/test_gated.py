@@ -12,7 +12,7 @@ from moesteer.backends.vllm.catalogue import RAW, Catalogue
 from moesteer.backends.vllm.requests import MASK, READ, ROW, TICKET
 from moesteer.errors import DataError, InputError, ModelError, NanLogitsError, NoEffectError
 from moesteer.gate import Pool
-from moesteer.serve.gated import GatedEngine, conversation
+from moesteer.serve.gated import Asking, GatedEngine, asking
 from tests.server.fakes import OTHER, PIN, FakeChat, FakeEngine, Params, additive, gated, named, pinned, run
 
 pytestmark = pytest.mark.usefixtures("no_vllm")
@@ -47,14 +47,14 @@ def ask(
     """The row of the real request."""
 
     async def asked() -> None:
-        token = conversation.set(talk)
+        token = asking.set(Asking("web", talk))
         try:
             given = {"prompt_token_ids": list(ids or [])} if prompt is None else prompt
             params = Params(extra_args=None if mask is None else {MASK: mask})
             async for _ in found.generate(given, params, "r"):
                 pass
         finally:
-            conversation.reset(token)
+            asking.reset(token)
 
     run(asked)
     row: str = found.engine.asked[-1][0]

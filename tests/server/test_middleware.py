@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from moesteer.backends.vllm.catalogue import Catalogue
-from moesteer.serve.gated import conversation
+from moesteer.serve.gated import asking
 from moesteer.serve.middleware import HEADER, audit
 from moesteer.serve.policy import Keys, Limits
 from tests.server.attacks import PATHS
@@ -77,13 +77,13 @@ def test_a_request_passes_byte_for_byte() -> None:
 
 def test_the_conversation_is_there_while_the_request_is_answered() -> None:
     seen: list[Any] = []
-    app = FakeApp(before=lambda: seen.append(conversation.get()))
+    app = FakeApp(before=lambda: seen.append(asking.get().messages))
     door = policy(app)
 
     async def both() -> None:
         for path, body in ((CHAT, CHAT_BODY), ("/v1/completions", b'{"prompt": "x"}')):
             await Client(door).ask(path=path, body=body)
-            assert conversation.get() is None
+            assert asking.get().messages is None
 
     run(both)
     assert seen == [({"role": "user", "content": "hello"},), None]

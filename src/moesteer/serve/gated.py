@@ -6,8 +6,10 @@ The engine client's `generate` is what all of vLLM's routes call. Where the fina
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
@@ -19,8 +21,17 @@ from moesteer.backends.vllm.requests import OURS, Ticket, requested, tickets
 from moesteer.conversations import Message
 from moesteer.errors import MoesteerError, NoEffectError
 
-conversation: ContextVar[tuple[Mapping[str, Any], ...] | None] = ContextVar("moesteer_conversation", default=None)
-"""The messages of the HTTP request that is being answered."""
+
+@dataclass(frozen=True)
+class Asking:
+    """Whose request is being answered, and its messages (None: a bare prompt)."""
+
+    client: str = ""
+    messages: tuple[Mapping[str, Any], ...] | None = None
+
+
+asking: ContextVar[Asking] = ContextVar("moesteer_asking", default=Asking())  # noqa: B039  it is frozen
+"""The HTTP request that is being answered."""
 
 
 class GatedEngine:
@@ -53,12 +64,12 @@ class GatedEngine:
     ) -> AsyncGenerator[Any, None]:
         """Generate under a row that this process chose: its gates were asked, or it is the canary's."""
         with tickets([Ticket(row.name)]) as [extra]:
-            async for output in self._generate(prompt, _with(sampling_params, extra), request_id, **more):
+            async for output in self._generate(_own(prompt), _with(sampling_params, extra), request_id, **more):
                 yield output
 
     async def _row(self, prompt: Any, acting: Sequence[Member], request_id: str) -> Row:
         token_ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
-        turn = None if token_ids is None else self.final_turn(token_ids)
+        turn = None if token_ids is None else await asyncio.to_thread(self.final_turn, token_ids)
         if not token_ids or (turn is None and needs_final_turn(acting)):
             self.untold += 1
             return self.catalogue.row(acting)
@@ -68,7 +79,7 @@ class GatedEngine:
         params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, skip_reading_prefix_cache=True)
         finished = None
         with tickets([ticket]) as [extra]:
-            async for output in self._generate(prompt, _with(params, extra), f"gate-{request_id}"):
+            async for output in self._generate(_own(prompt), _with(params, extra), f"gate-{request_id}"):
                 finished = output.outputs[0].finish_reason
         if finished not in ("stop", "length"):
             raise NoEffectError(
@@ -86,7 +97,7 @@ class GatedEngine:
 
     def final_turn(self, token_ids: Sequence[int]) -> int | None:
         """Where the last user message begins, if these are the tokens that we, too, make of the conversation."""
-        messages = conversation.get()
+        messages = asking.get().messages
         if messages is None:
             return None
         try:
@@ -106,6 +117,12 @@ def _message(given: Mapping[str, Any]) -> Message:
     if extra or not isinstance(content, str):
         raise ValueError("not plain text")
     return Message(str(given["role"]), content)
+
+
+def _own(prompt: Any) -> Any:
+    """A prompt whose cache is the client's own: by what is cached, nobody learns what another asked."""
+    client = asking.get().client
+    return {**prompt, "cache_salt": client} if client and isinstance(prompt, dict) else prompt
 
 
 def _with(params: Any, extra: Mapping[str, Any]) -> Any:

@@ -20,13 +20,15 @@ from typing import Any
 from moesteer.backends.vllm.catalogue import Catalogue, Member
 from moesteer.errors import InputError
 from moesteer.serve.canary import State
-from moesteer.serve.gated import GatedEngine, conversation
-from moesteer.serve.policy import ADMIN, CLIENT, OPEN, PREFIX, Asked, Keys, Limits, checked
+from moesteer.serve.gated import Asking, GatedEngine, asking
+from moesteer.serve.policy import ADMIN, CLIENT, METRICS, OPEN, PREFIX, Asked, Keys, Limits, checked
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 HEADER = "X-Moesteer-Mask"
+PASSED = (b"host", b"content-type", b"content-length", b"accept", b"user-agent")
+"""Headers that go on to vLLM."""
 NOT_READY = "not ready: the pinned masks are not known to act"
 audit = logging.getLogger("moesteer.audit")
 
@@ -93,7 +95,7 @@ class Policy:
         elif asked == ("GET", f"{PREFIX}/masks"):
             await _answer(send, 200, {"pinned": labels(self.catalogue.pins), "masks": sorted(self.catalogue.named)})
         elif scope["method"] != "POST":
-            await self.app(scope, receive, send)
+            await self.app(_plain(scope), receive, send)
         else:
             await self._generate(scope, receive, send, line)
 
@@ -103,7 +105,7 @@ class Policy:
             return "anyone"
         given = [value.decode("latin-1") for name, value in headers if name.lower() == b"authorization"]
         authorization = given[0] if len(given) == 1 else ""
-        if asked in ADMIN:
+        if asked in ADMIN or (asked[1] == METRICS and self.keys.needed):
             if not self.keys.has_admin:
                 raise Refused(404, "not found")
             if not self.keys.is_admin(authorization):
@@ -155,11 +157,11 @@ class Policy:
         async with slots.one(receive):
             if not self._alive():
                 raise Refused(503, NOT_READY)
-            token = conversation.set(asked.messages)
+            token = asking.set(Asking(line["client"], asked.messages))
             try:
-                await self.app(scope, _replayed(body, receive), self._marked(send, acting, asked, line))
+                await self.app(_plain(scope), _replayed(body, receive), self._marked(send, acting, asked, line))
             finally:
-                conversation.reset(token)
+                asking.reset(token)
 
     async def _body(self, receive: Receive) -> bytes:
         limit = self.limits
@@ -256,6 +258,11 @@ def _is_local(headers: Sequence[tuple[bytes, bytes]]) -> bool:
     """Whether the request names this machine: a page that had its own name point here (DNS rebinding) does not."""
     hosts = [value.decode("latin-1").strip().lower() for name, value in headers if name.lower() == b"host"]
     return len(hosts) == 1 and re.sub(r":\d+$", "", hosts[0]) in ("localhost", "127.0.0.1", "[::1]")
+
+
+def _plain(scope: Message) -> Message:
+    """The request with the headers that vLLM needs: by others it lets a client choose ids, ranks and priorities."""
+    return {**scope, "headers": [(name, value) for name, value in scope["headers"] if name.lower() in PASSED]}
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -19,10 +19,12 @@ from moesteer.errors import InputError
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PREFIX = "/plugins/moesteer"
+METRICS = "/metrics"
+"""The admin's, where clients have keys: its counters tell one client what another sent."""
 OPEN = {("GET", "/health"), ("GET", "/ready"), ("HEAD", "/health"), ("HEAD", "/ready")}
-"""Without a key: whether it runs, whether it may be sent requests. Nothing about masks or traffic."""
+"""Without a key: whether it runs, whether it may be sent requests, and the pinned masks' digests."""
 CLIENT = {
-    ("GET", "/v1/models"), ("GET", "/version"), ("GET", "/metrics"), ("GET", f"{PREFIX}/masks"),
+    ("GET", "/v1/models"), ("GET", "/version"), ("GET", METRICS), ("GET", f"{PREFIX}/masks"),
     ("POST", CHAT), ("POST", COMPLETIONS),
 }  # fmt: skip
 ADMIN = {("GET", f"{PREFIX}/status")}
@@ -39,6 +41,28 @@ REFUSED_KEYS = {
     "request_id": "ids are the server's",
     "cache_salt": "the cache is keyed by the mask; keys of clients are not taken",
 }
+
+
+TAKEN = frozenset({
+    "model", "stream", "stream_options", "n", "best_of", "temperature", "top_p", "top_k", "min_p", "max_tokens",
+    "max_completion_tokens", "min_tokens", "stop", "stop_token_ids", "seed", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "length_penalty", "logit_bias", "logprobs", "top_logprobs", "prompt_logprobs",
+    "response_format", "structured_outputs", "ignore_eos", "skip_special_tokens", "spaces_between_special_tokens",
+    "include_stop_str_in_output", "return_tokens_as_token_ids", "return_token_ids", "user", "metadata", "store",
+    "vllm_xargs", "bad_words", "allowed_token_ids", "add_special_tokens", "echo", "suffix", "prompt", "messages",
+    "tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "include_reasoning", "add_generation_prompt",
+    "continue_final_message", "chat_template_kwargs", "service_tier", "safety_identifier", "prompt_cache_key",
+    "verbosity",
+})  # fmt: skip
+"""What a body may say. Everything else is refused, also what a later vLLM will know."""
+TEXT = ("prompt", "messages", "suffix", "tools", "response_format", "structured_outputs")
+"""Where long text may stand."""
+MOST_NODES = 20_000
+"""Values in a body, a prompt's tokens left out: validation takes time and memory for each."""
+MOST_PARTS = 64
+"""Parts of a message."""
+MOST_CHARACTERS = 4_096
+"""Of a string that is no text for the model."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +107,9 @@ def checked(path: str, body: bytes, catalogue: Catalogue, limits: Limits) -> Ask
             raise _refusal(f"a request may not say {key!r}"[:120], f"a mask id at vllm_xargs.{MASK}, or nothing")
         if key in REFUSED_KEYS and asked[key] not in (None, False):
             raise _refusal(f"{key} is not taken here: {REFUSED_KEYS[key]}", f"a request without {key}")
+        if key not in TAKEN and key not in REFUSED_KEYS:
+            raise _refusal(f"{key!r} is not taken here"[:120], "keys of OpenAI's API and vLLM's sampling parameters")
+    _require_bounded(asked)
     mask = _mask(asked.get("vllm_xargs"))
     catalogue.acting(mask)
     messages = None
@@ -92,12 +119,68 @@ def checked(path: str, body: bytes, catalogue: Catalogue, limits: Limits) -> Ask
             raise _refusal("messages is not a list of objects", "a list of messages, each with role and content")
         if len(given) > limits.messages:
             raise _refusal(f"{len(given)} messages", f"at most {limits.messages}")
+        for one in given:
+            _require_parts(one.get("content"))
         messages = tuple(given)
     each = max(_count(asked.get("n")), _count(asked.get("best_of")))
     sequences = each * (_prompts(asked.get("prompt")) if path == COMPLETIONS else 1)
     if sequences > limits.sequences:
         raise _refusal(f"{min(sequences, 10**9)} answers in one request", f"at most {limits.sequences}: prompts x n")
     return Asked(mask, messages, asked.get("stream") is True, hashlib.sha256(body).hexdigest())
+
+
+def _require_bounded(asked: Mapping[str, Any]) -> None:
+    """Few values, short strings but for text, no half characters: all of it is looked at before vLLM's slower eyes."""
+    waiting: list[tuple[Any, bool]] = [(value, key in TEXT) for key, value in asked.items() if key != "prompt"]
+    waiting += [(text, True) for text in _texts(asked.get("prompt"))]
+    nodes = len(asked)
+    while waiting:
+        value, text = waiting.pop()
+        nodes += 1
+        if isinstance(value, str):
+            _require_text(value, most=None if text else MOST_CHARACTERS)
+        elif isinstance(value, dict):
+            waiting += [(inner, text) for inner in value.values()]
+            waiting += [(key, False) for key in value]
+        elif isinstance(value, list):
+            waiting += [(inner, text) for inner in value]
+        if nodes + len(waiting) > MOST_NODES:
+            raise _refusal("the body has too many values", f"at most {MOST_NODES}")
+
+
+def _texts(prompt: Any) -> list[Any]:
+    """What is text of a prompt. Raises InputError for lists of several kinds, which vLLM would look at one by one."""
+    if not isinstance(prompt, list):
+        return [prompt]
+    kinds = {type(one) for one in prompt}
+    inner = {type(one) for row in prompt for one in row} if kinds == {list} else {int}
+    if len(kinds) > 1 or not inner <= {int} or not kinds <= {int, str, list}:
+        raise _refusal("prompt mixes kinds", "a string, strings, tokens, or lists of tokens")
+    return prompt if kinds == {str} else []
+
+
+def _require_text(value: str, *, most: int | None) -> None:
+    if most is not None and len(value) > most:
+        raise _refusal(f"a string of {len(value)} characters where no text belongs", f"at most {most}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _refusal("a string holds half a character (a lone surrogate)", "text") from error
+
+
+def _require_parts(content: Any) -> None:
+    """Content of a message: text, or parts with a type. Pictures come in the body: the server fetches nothing."""
+    if content is None or isinstance(content, str):
+        return
+    if not isinstance(content, list) or len(content) > MOST_PARTS:
+        raise _refusal("a message's content is neither text nor a short list of parts", f"at most {MOST_PARTS} parts")
+    for part in content:
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise _refusal("a part of a message is no object with a type", '{"type": "text", "text": "..."}')
+        link = part.get(part["type"])
+        url = link.get("url") if isinstance(link, dict) else link if part["type"] != "text" else None
+        if isinstance(url, str) and not url.startswith("data:"):
+            raise _refusal("a part of a message names an address to fetch", "data: in the body")
 
 
 def _mask(extra: Any) -> str | None:

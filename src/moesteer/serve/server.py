@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import logging
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -33,10 +34,18 @@ UNSAFE = {
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "pickles between processes",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "routes that load adapters, which are other weights than the mask was made for",
     "VLLM_DEBUG_LOG_API_SERVER_RESPONSE": "answers in the log",
+    "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "clients choose the ids that workers know requests by",
+    "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "routers that do not look at logits",
 }
 """Environment variables that the server does not start with, and what each opens."""
 KNOWN = ("vllm.", "prometheus_", "starlette.", "fastapi.")
 """Modules whose routes may answer."""
+START_S = 300.0
+"""How long the first canary may take: first steps compile."""
+MOST_SAID = 1_000
+"""Characters of an error message."""
+LINGER_S = 5.0
+"""How long a server that no longer steers still says so (503), before it ends."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -229,6 +238,7 @@ async def _serve(chosen: Serving, settings: Settings, keys: Keys, args: argparse
                 engine, Catalogue.load(settings), _chat(args, engine), tensor_ranks=_tensor_ranks(engine)
             )
             canary = await _prove(gated, chosen)
+            shorten_messages()
             gated.install()
             tasks = await engine.get_supported_tasks()
             app = build_app(args, tasks, engine.model_config)
@@ -238,7 +248,7 @@ async def _serve(chosen: Serving, settings: Settings, keys: Keys, args: argparse
             app.middleware_stack = Policy(inside, gated=gated, state=state, keys=keys, limits=chosen.limits)
             state.reason = ""
             print(_announced(chosen, gated.catalogue), file=sys.stderr, flush=True)
-            watching = asyncio.create_task(watch(canary, state, every_s=chosen.canary_s, timeout_s=chosen.timeout_s))
+            watching = asyncio.create_task(_watch(canary, state, chosen))
             stopped = await serve_http(
                 app, sock=sock, enable_ssl_refresh=args.enable_ssl_refresh, host=args.host, port=args.port,
                 log_level=args.uvicorn_log_level, access_log=False, ssl_keyfile=args.ssl_keyfile,
@@ -263,6 +273,24 @@ async def _serve(chosen: Serving, settings: Settings, keys: Keys, args: argparse
         sock.close()
 
 
+def shorten_messages() -> None:
+    """Cut error messages, which may repeat a client's text, before vLLM cleans them in time cubic in their length."""
+    from vllm.entrypoints.serve.exception_handling import utils
+
+    original = utils.sanitize_message
+    if getattr(original, "_moesteer", False):
+        return
+
+    def shortened(message: str, *args: Any, **kwargs: Any) -> str:
+        found: str = original(message[:MOST_SAID], *args, **kwargs)
+        return found
+
+    shortened._moesteer = True  # type: ignore[attr-defined]
+    for module in [m for name, m in sys.modules.items() if name.startswith("vllm.")]:
+        if getattr(module, "sanitize_message", None) is original:
+            module.sanitize_message = shortened  # type: ignore[attr-defined]
+
+
 def _announced(chosen: Serving, catalogue: Catalogue) -> str:
     """What is served, for the operator: one line, and one for each mask that cannot be offered."""
     first = (
@@ -273,15 +301,30 @@ def _announced(chosen: Serving, catalogue: Catalogue) -> str:
     return "\n".join([first, *refused])
 
 
+async def _watch(canary: Canary, state: State, chosen: Serving) -> None:
+    """The canary; when it fails, answers end at once, and the process soon after, to be started again."""
+    await watch(canary, state, every_s=chosen.canary_s, timeout_s=chosen.timeout_s)
+    print(f"moesteer: no more answers: {state.reason}", file=sys.stderr, flush=True)
+    await asyncio.sleep(LINGER_S)
+    signal.raise_signal(signal.SIGTERM)
+
+
 async def _prove(gated: GatedEngine, chosen: Serving) -> Canary:
     """Handshake and canary. Raises NoEffectError."""
     from moesteer.backends.fingerprinting import fingerprint_of_files
 
     canary = Canary(gated, fingerprint_of_files(chosen.model).layer_ids)
     try:
-        await asyncio.wait_for(canary.start(), max(chosen.timeout_s, 60.0))
+        await asyncio.wait_for(canary.start(), max(chosen.timeout_s, START_S))
     except MoesteerError:
         raise
+    except TimeoutError as error:
+        raise NoEffectError(
+            "the canary had no answer in time",
+            where=f"{chosen.model}, {max(chosen.timeout_s, START_S):g} s",
+            expected="an answer of a few tokens",
+            do="give the engine more time (--timeout): its first steps compile and are slow",
+        ) from error
     except Exception as error:
         raise NoEffectError(
             f"the engine's workers do not answer: {str(error).splitlines()[0] if str(error) else repr(error)}"[:300],

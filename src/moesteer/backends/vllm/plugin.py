@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from moesteer import files
@@ -29,6 +30,21 @@ from moesteer.version import __version__
 
 OFF = "MOESTEER_VLLM"
 OLDEST = (0, 32)
+WANTED = (
+    ("vllm.config", "VllmConfig", "compute_hash"),
+    ("vllm.v1.engine.input_processor", "InputProcessor", "process_inputs"),
+    ("vllm.v1.engine.core", "EngineCore", "preprocess_add_request"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "load_model"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_prepare_inputs"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "execute_model"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_dummy_run"),
+    ("vllm.v1.worker.worker_base", "WorkerBase", "execute_model"),
+    ("vllm.model_executor.layers.fused_moe.runner.moe_runner", "MoERunner", "_maybe_dispatch"),
+    ("vllm.model_executor.layers.fused_moe.runner.moe_runner", "MoERunner", "is_monolithic"),
+    ("vllm.model_executor.layers.fused_moe.router.base_router", "BaseRouter", "_compute_routing"),
+    ("vllm.exceptions", "VLLMValidationError", "__init__"),
+)
+"""(module, class, method or property) of vLLM, all of which must be there."""
 _registered = False
 
 
@@ -45,6 +61,10 @@ def register() -> None:
 
 
 def _patch() -> None:
+    missing = _missing()
+    if missing or _version() < OLDEST:
+        _refuse_settings(missing=", ".join(missing))
+        return
     from vllm.config import VllmConfig
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
@@ -53,15 +73,6 @@ def _patch() -> None:
 
     from moesteer.backends.vllm.routers import patch_dispatch
 
-    wanted = (
-        (VllmConfig, "compute_hash"), (InputProcessor, "process_inputs"), (EngineCore, "preprocess_add_request"),
-        (GPUModelRunner, "load_model"), (GPUModelRunner, "_prepare_inputs"), (GPUModelRunner, "execute_model"),
-        (GPUModelRunner, "_dummy_run"),
-    )  # fmt: skip
-    missing = [f"{owner.__name__}.{name}" for owner, name in wanted if not callable(getattr(owner, name, None))]
-    if missing or _version() < OLDEST:
-        _refuse_settings(missing=", ".join(missing))
-        return
     _wrap(VllmConfig, "compute_hash", _hash)
     _wrap(InputProcessor, "__init__", _front_end)
     _wrap(InputProcessor, "process_inputs", _process)
@@ -78,6 +89,20 @@ def _patch() -> None:
 
     for name, method in RPC.items():
         setattr(WorkerBase, name, method)
+
+
+def _missing() -> list[str]:
+    """Names of vLLM that the plug-in builds on, and that this one lacks."""
+    found = []
+    for module, owner, name in WANTED:
+        try:
+            place = getattr(import_module(module), owner)
+        except (ImportError, AttributeError):
+            found.append(f"{module}.{owner}")
+            continue
+        if not callable(getattr(place, name, None)) and not isinstance(getattr(place, name, None), property):
+            found.append(f"{owner}.{name}")
+    return found
 
 
 def _version() -> tuple[int, ...]:
@@ -120,13 +145,10 @@ def _settings(config: Any) -> Any:
 
 def _refuse_settings(*, missing: str = "") -> None:
     """An engine with our settings does not start: the plug-in is switched off, or vLLM is another than it knows."""
-    from vllm.config import VllmConfig
-    from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     def refuse(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        config = self if isinstance(self, VllmConfig) else getattr(self, "vllm_config", args[0] if args else None)
-        if _settings(config) is not None:
+        given = [self, getattr(self, "vllm_config", None), *args]
+        if any(_settings(config) is not None for config in given):
             raise InputError(
                 f"vLLM {'.'.join(map(str, _version()))} lacks {missing or 'what the plug-in needs'}"
                 if missing or _version() < OLDEST
@@ -137,12 +159,16 @@ def _refuse_settings(*, missing: str = "") -> None:
             )
         return original(self, *args, **kwargs)
 
-    for owner, name in (
-        (VllmConfig, "compute_hash"), (InputProcessor, "__init__"), (GPUModelRunner, "load_model"),
-        *((runner, "load_model") for runner in _runners(GPUModelRunner)[1:]),
-    ):  # fmt: skip
-        if callable(getattr(owner, name, None)):
-            _wrap(owner, name, refuse)
+    for module, owner, name in (
+        ("vllm.config", "VllmConfig", "compute_hash"),
+        ("vllm.v1.engine.input_processor", "InputProcessor", "__init__"),
+        ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "load_model"),
+        ("vllm.v1.worker.cpu_model_runner", "CPUModelRunner", "load_model"),
+    ):
+        try:
+            _wrap(getattr(import_module(module), owner), name, refuse)
+        except (ImportError, AttributeError):  # not in this vLLM; the others refuse
+            continue
 
 
 def _hash(original: Any, self: Any) -> Any:

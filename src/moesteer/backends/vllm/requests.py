@@ -69,7 +69,7 @@ def tickets(wanted: Sequence[Ticket]) -> Iterator[list[dict[str, str]]]:
 def requested(extra_args: Mapping[str, Any] | None) -> str | None:
     """The mask id a request names. Raises InputError for anything else under our names."""
     ours = {key: value for key, value in (extra_args or {}).items() if str(key).lower().startswith(OURS)}
-    if ours.get(TICKET) in _tickets:
+    if isinstance(ticket := ours.get(TICKET), str) and ticket in _tickets:
         del ours[TICKET]
     named = ours.pop(MASK, None)
     if ours or not isinstance(named, str | None):

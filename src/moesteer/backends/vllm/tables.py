@@ -200,7 +200,8 @@ class Tables:
             picked_NK = force_NE.gather(1, experts_NK.long())
             on_N = (force_NE > 0).sum(-1)
             self.forced_L[at].add_((force_NE != 0).sum())
-            self.wrong_L[at].add_((picked_NK < 0).sum() + (on_N - (picked_NK > 0).sum(-1)).sum())
+            wrong_N = (picked_NK < 0).sum(-1) + on_N - (picked_NK > 0).sum(-1)
+            self.wrong_L[at].add_((wrong_N * torch.isfinite(logits_NE).all(-1)).sum())  # of NaN no one can choose
         if self.raw_TLE is not None and (how := self.outside.get(layer_id)) is not None:
             raw_NE = self.raw_TLE[:count, at]
             _, before_NK = select(raw_NE, how.scoring, correction_E=how.correction_E, scale_E=how.scale_E)

@@ -58,6 +58,7 @@ class Steered:
         self._pending: list[tuple[Read, int, int, int]] = []
         self._staging = torch.zeros(0)
         self.steps = 0
+        self._proven = False
 
     # ---- at the start
 
@@ -142,8 +143,28 @@ class Steered:
                     expected="the same steered logits",
                     do="report this, with the versions that `moesteer doctor` prints",
                 )
+        self._check_scores(len(rows))
         tables.clear_rows()
         tables.beats_L.zero_()
+
+    def _check_scores(self, count: int) -> None:
+        """The gates' scores, of the same logits in every layer, against their definition."""
+        assert self.tables is not None
+        tables = self.tables
+        if tables.gate is None:
+            return
+        logits = np.random.default_rng(1).normal(size=(count, tables.experts)).astype(np.float32)
+        for layer in self.layers:
+            tables.steer(torch.tensor(logits, device=tables.device), layer.layer_id)
+        want = logits @ np.sum([gate.cpu().numpy() for gate in tables.gate], axis=0)
+        got = tables.score_TG[:count].cpu().numpy()
+        if not np.allclose(got, want, rtol=1e-2, atol=1e-2 * max(1.0, float(np.abs(want).max()))):
+            raise SelfCheckError(
+                "the gates' scores are not what gate.py says",
+                where=f"{len(self.layers)} layers, by up to {np.abs(got - want).max():g}",
+                expected="the sum over layers and experts of weight times logit",
+                do="report this, with the versions that `moesteer doctor` prints",
+            )
 
     # ---- at every step
 
@@ -193,12 +214,29 @@ class Steered:
         spans = tuple(gate.pooled_span(part, prompt=(0, prompt), final_turn=final_turn) for part in parts)
         return Read(prompt, tuple((int(a), int(b)) for a, b in told["spans"]), spans, self._zeros(len(spans)))
 
+    def _require_every_layer(self) -> None:
+        """After the first step: raise NoEffectError, which ends the engine, unless every layer's operator ran in it."""
+        assert self.tables is not None
+        still = [
+            layer.layer_id for layer, beats in zip(self.layers, self.tables.beats_L.tolist(), strict=True) if beats < 1
+        ]
+        if still:
+            raise NoEffectError(
+                f"{len(still)} of {len(self.layers)} routers ran past the steering operator",
+                where=f"layers {still[:12]}",
+                expected="every router's logits to pass through it",
+                do="this vLLM goes another way than the plug-in knows: report it, with the model and vLLM's version",
+            )
+        self._proven = True
+
     def _zeros(self, count: int) -> torch.Tensor:
         assert self.tables is not None
         return torch.zeros(count, dtype=torch.float64, device=self.tables.device)
 
     def ran(self) -> None:
         """Take what was asked for out of the step that ran."""
+        if self.steps and not self._proven:
+            self._require_every_layer()
         for read, first, start, count in self._pending:
             self._take(read, first, start, count)
         self._pending = []
