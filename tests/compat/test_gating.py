@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from moesteer import gate
 from moesteer.backends import gating, hf
-from moesteer.backends.gating import decide, pooled_logits
 from moesteer.backends.chat import Encoded, Generation
+from moesteer.backends.gating import decide, pooled_logits
 from moesteer.backends.hf import Model
 from moesteer.backends.loading import load
 from moesteer.conversations import Message

@@ -106,7 +106,9 @@ class Params:
 class FakeEngine:
     """An engine of `ranks` workers. It marks requests as vLLM's front end does with the plug-in, and remembers them.
 
-    answer: tokens and log probabilities by the row's name. hang: never answers. errored: as AsyncLLM.errored.
+    An answer's log probabilities tell the row. taken_for: rows that it takes for others. alike: all for one. shift:
+    by how much all are off; shifts: those of a row. delay: seconds to an answer; hang: none comes. busy: workers step
+    while it is waited for; mute: they say nothing. errored: as AsyncLLM.errored.
     """
 
     catalogue: Catalogue
@@ -116,6 +118,12 @@ class FakeEngine:
     layer_ids: Sequence[int] = LAYERS
     errored: bool = False
     hang: bool = False
+    delay: float = 0.0
+    busy: bool = False
+    mute: bool = False
+    alike: bool = False
+    taken_for: dict[str, str] = field(default_factory=dict)
+    shifts: dict[str, float] = field(default_factory=dict)
     raises: BaseException | None = None
     shift: float = 0.0
     finish: str = "length"
@@ -123,9 +131,11 @@ class FakeEngine:
     change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = lambda reports: reports
     scores: list[Any] = field(default_factory=list)
     asked: list[tuple[str, Any, str]] = field(default_factory=list)
+    prompts: list[Any] = field(default_factory=list)
     salts: list[str] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     steps: int = 0
+    passes: int = 0
     vllm_config: Any = None
 
     def __post_init__(self) -> None:
@@ -140,37 +150,47 @@ class FakeEngine:
             raise self.raises
         if self.hang:
             await asyncio.Event().wait()
-        request = SimpleNamespace(sampling_params=params.clone(), cache_salt=None, request_id=request_id)
+        await asyncio.sleep(self.delay)
+        given = prompt if isinstance(prompt, dict) else {}
+        salt = given.get("cache_salt")
+        request = SimpleNamespace(sampling_params=params.clone(), cache_salt=salt, request_id=request_id)
         mark(request, row_for(self.catalogue, params.extra_args))
         row = request.sampling_params.extra_args[ROW]
         self.asked.append((row, request.sampling_params, request_id))
+        self.prompts.append(prompt)
         self.salts.append(request.cache_salt)
         self.steps += 8
+        self.passes += 8
         tokens = [3, 1, 4, 1, 5, 9, 2, 6]
-        base = -0.1 * (1 + self.catalogue.by_name[row].index) + self.shift
+        as_row = self.catalogue.by_name[self.taken_for.get(row, row)]
+        base = -0.1 * (1 if self.alike else 1 + as_row.index) + self.shift + self.shifts.get(row, 0.0)
+        ids = given.get("prompt_token_ids") or []
+        wanted = getattr(params, "prompt_logprobs", None) is not None
+        weighed = [None, *({token: SimpleNamespace(logprob=base)} for token in ids[1:])] if wanted else None
         for count in (4, 8):
             await asyncio.sleep(0)
-            entries = [{token: SimpleNamespace(logprob=base)} for token in tokens[:count]]
-            weighed = [{token: SimpleNamespace(logprob=base)} for token in prompt["prompt_token_ids"]]
             yield SimpleNamespace(
-                outputs=[SimpleNamespace(token_ids=tokens[:count], logprobs=entries, finish_reason=self.finish)],
-                prompt_logprobs=[None, *weighed[1:]],
+                outputs=[SimpleNamespace(token_ids=tokens[:count], logprobs=None, finish_reason=self.finish)],
+                prompt_logprobs=weighed,
             )
 
     async def collective_rpc(self, name: str, args: tuple[Any, ...] = ()) -> list[Any]:
         """What the workers would say."""
         self.calls.append(name)
+        if self.mute:
+            await asyncio.Event().wait()
         if name == "moesteer_reset":
-            self.steps = 0
+            self.passes = 0
             return [True] * (self.tensor * self.pipeline)
         if name == "moesteer_scores":
             return self.scores
         assert name == "moesteer_report"
+        self.steps += self.busy
         stages = np.array_split(np.array(self.layer_ids), self.pipeline)
         reports = []
         for rank in range(self.tensor * self.pipeline):
             layers = [int(layer) for layer in stages[rank // self.tensor]]
-            beats = [self.steps] * len(layers) if self.beats is None else self.beats(rank)
+            beats = [self.passes] * len(layers) if self.beats is None else self.beats(rank)
             reports.append(
                 {
                     "version": __version__, "rank": rank, "catalogue": self.catalogue.sha256, "layer_ids": layers,
@@ -298,6 +318,7 @@ class FakeApp:
     at_work: int = 0
     most: int = 0
     seen: list[tuple[str, str, bytes]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -315,6 +336,7 @@ class FakeApp:
             assert not message["more_body"]
             body = message["body"]
         self.seen.append((scope["method"], scope["path"], body))
+        self.headers.append({name.decode().lower(): value.decode("latin-1") for name, value in scope["headers"]})
         if self.before is not None:
             self.before()
         if self.until is not None:

@@ -9,7 +9,7 @@ import pytest
 from jinja2 import TemplateError
 
 from moesteer.backends.vllm.catalogue import RAW, Catalogue
-from moesteer.backends.vllm.requests import MASK, READ, ROW, TICKET
+from moesteer.backends.vllm.requests import MASK, READ, ROW, TICKET, salted
 from moesteer.errors import DataError, InputError, ModelError, NanLogitsError, NoEffectError
 from moesteer.gate import Pool
 from moesteer.serve.gated import Asking, GatedEngine, asking
@@ -43,11 +43,12 @@ def ask(
     ids: Sequence[int] | None = IDS,
     talk: Any = TALK,
     prompt: Any = None,
+    client: str = "web",
 ) -> str:
     """The row of the real request."""
 
     async def asked() -> None:
-        token = asking.set(Asking("web", talk))
+        token = asking.set(Asking(client, talk))
         try:
             given = {"prompt_token_ids": list(ids or [])} if prompt is None else prompt
             params = Params(extra_args=None if mask is None else {MASK: mask})
@@ -86,6 +87,26 @@ def test_probe_and_answer_have_caches_of_their_own() -> None:
     found = door()
     ask(found, "asks")
     assert len(set(found.engine.salts)) == 2
+
+
+@pytest.mark.parametrize("own", [{}, {"cache_salt": None}, {"cache_salt": ""}, {"cache_salt": "bob"}], ids=repr)
+def test_a_clients_cache_is_its_own_whatever_the_prompt_says(own: dict[str, Any]) -> None:
+    found, prompt = door(), {"prompt_token_ids": IDS, **own}
+    assert ask(found, "asks", prompt=prompt, client="alice") == "!1+asks"
+    assert [given["cache_salt"] for given in found.engine.prompts] == ["alice", "alice"]
+    rows = found.catalogue.by_name
+    assert found.engine.salts == [salted(rows[RAW], "alice"), salted(rows["!1+asks"], "alice")]
+    assert prompt == {"prompt_token_ids": IDS, **own}  # the caller's is left as it was
+    ask(found, "asks", prompt=prompt, client="bob")
+    assert len(set(found.engine.salts)) == 4
+
+
+def test_without_a_client_a_prompt_keeps_what_it_has() -> None:
+    found = door()
+    ask(found, "asks", client="")
+    assert all("cache_salt" not in given for given in found.engine.prompts)
+    ask(found, prompt={"prompt_token_ids": IDS, "cache_salt": "own"}, client="")
+    assert found.engine.salts[-1].endswith(":own")
 
 
 NOBODY_CAN_TELL: dict[str, dict[str, Any]] = {

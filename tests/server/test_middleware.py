@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from moesteer.backends.vllm.catalogue import Catalogue
-from moesteer.serve.gated import asking
-from moesteer.serve.middleware import HEADER, audit
+from moesteer.serve.gated import Asking, asking
+from moesteer.serve.middleware import HEADER, PASSED, audit
 from moesteer.serve.policy import Keys, Limits
 from tests.server.attacks import PATHS
 from tests.server.fakes import (
@@ -75,18 +75,59 @@ def test_a_request_passes_byte_for_byte() -> None:
     assert ask(policy(app), chunks=[*parts, b""]).body == body
 
 
-def test_the_conversation_is_there_while_the_request_is_answered() -> None:
-    seen: list[Any] = []
-    app = FakeApp(before=lambda: seen.append(asking.get().messages))
-    door = policy(app)
+@pytest.mark.parametrize(("keys", "client"), [(None, "anyone"), ("KEYS", "alice")])
+def test_who_asks_what_is_known_while_the_request_is_answered(keys: str | None, client: str) -> None:
+    seen: list[Asking] = []
+    app = FakeApp(before=lambda: seen.append(asking.get()))
+    door = policy(app, keys=None if keys is None else KEYS)
 
     async def both() -> None:
         for path, body in ((CHAT, CHAT_BODY), ("/v1/completions", b'{"prompt": "x"}')):
-            await Client(door).ask(path=path, body=body)
-            assert asking.get().messages is None
+            await Client(door).ask(path=path, body=body, key=ALICE)
+            assert asking.get() == Asking()
+        app.raises = RuntimeError("broken")
+        with pytest.raises(RuntimeError):
+            await Client(door).ask(key=ALICE)
+        assert asking.get() == Asking()
 
     run(both)
-    assert seen == [({"role": "user", "content": "hello"},), None]
+    talk = ({"role": "user", "content": "hello"},)
+    assert seen == [Asking(client, talk), Asking(client, None), Asking(client, talk)]
+
+
+def test_two_clients_at_once_are_not_taken_for_each_other() -> None:
+    app = FakeApp(until=asyncio.Event())
+    seen: list[str] = []
+
+    async def inside(scope: Any, receive: Any, send: Any) -> None:
+        await app(scope, receive, send)
+        seen.append(asking.get().client)
+
+    door = policy(inside, keys=KEYS)
+
+    async def both() -> None:
+        tasks = [asyncio.create_task(Client(door).ask(key=key)) for key in (ALICE, BOB)]
+        await asyncio.sleep(0.05)
+        assert app.at_work == 2 and app.until is not None
+        app.until.set()
+        await asyncio.gather(*tasks)
+
+    run(both)
+    assert sorted(seen) == ["alice", "bob"]
+
+
+@pytest.mark.parametrize("method", ["POST", "GET"])
+def test_headers_that_vllm_acts_on_do_not_pass(method: str) -> None:
+    app = FakeApp()
+    shut = ("X-Request-Id", "X-Vllm-Priority", "X-Session-ID", "X-data-parallel-rank", "transfer-encoding", "Cookie",
+            "X-Forwarded-For", "traceparent", "X-Moesteer-Mask", "TRANSFER-ENCODING", "x-request-id")  # fmt: skip
+    passed = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": str(len(CHAT_BODY)),
+              "ACCEPT": "*/*", "User-Agent": "test"}  # fmt: skip
+    path = CHAT if method == "POST" else "/v1/models"
+    headers = [*((name, "7") for name in shut), *passed.items(), ("Authorization", f"Bearer {ALICE}")]
+    assert ask(policy(app, keys=KEYS), method, path, headers=headers).status == 200
+    assert app.headers == [{name.lower(): value for name, value in passed.items()}]
+    assert {name.decode() for name in PASSED} == {name.lower() for name in passed}
 
 
 def test_the_lifespan_passes() -> None:
@@ -281,9 +322,7 @@ def test_what_the_policy_refuses_never_gets_inside(body: bytes, status: int) -> 
 # ---------------------------------------------------------------- who
 
 
-@pytest.mark.parametrize(
-    "path", [CHAT, "/v1/completions", "/v1/models", "/version", "/metrics", "/plugins/moesteer/masks"]
-)
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/models", "/version", "/plugins/moesteer/masks"])
 def test_clients_need_a_key_and_it_must_be_theirs(path: str) -> None:
     method = "GET" if path not in (CHAT, "/v1/completions") else "POST"
     body = CHAT_BODY if path == CHAT else b'{"prompt": "x"}'
@@ -322,6 +361,30 @@ def test_the_status_is_the_admins() -> None:
             and list(found["refused"]) == ["clash"]
         )
         assert ask(policy(keys=keys), "POST", path, key=ADMIN).status == (401 if keys is KEYS else 404)
+
+
+def test_the_metrics_are_the_admins_where_clients_have_keys() -> None:
+    app = FakeApp()
+    door = policy(app, keys=KEYS)
+    for key in (None, "", ALICE, BOB, ADMIN + "x"):
+        found = ask(door, "GET", "/metrics", key=key)
+        assert found.status == 401 and found.header("www-authenticate") == ["Bearer"]
+    assert ask(door, "GET", "/metrics", headers=[("Authorization", f"Bearer {ADMIN}")] * 2).status == 401
+    for key in (None, ALICE, ADMIN, "None"):
+        assert ask(policy(app, keys=Keys({"alice": ALICE}, None)), "GET", "/metrics", key=key).status == 404
+    assert not app.seen
+    assert ask(door, "GET", "/metrics", key=ADMIN, chunks=[b""]).status == 200
+    for keys in (Keys({}, None), Keys({}, ADMIN)):  # its own machine's, all of them one client
+        assert ask(policy(app, keys=keys), "GET", "/metrics", chunks=[b""]).status == 200
+        assert ask(policy(app, keys=keys), "GET", "/metrics", headers=[("Host", "evil.example")]).status == 403
+    assert [seen[:2] for seen in app.seen] == [("GET", "/metrics")] * 3
+
+
+@pytest.mark.xfail(strict=True, reason="fault: the admin's token opens every method of /metrics")
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "HEAD"])
+def test_the_admin_reads_the_metrics_by_get_alone(method: str) -> None:
+    app = FakeApp()
+    assert ask(policy(app, keys=KEYS), method, "/metrics", key=ADMIN).status in (401, 404) and not app.seen
 
 
 def test_a_client_learns_the_ids_it_may_name() -> None:
@@ -477,6 +540,7 @@ def test_an_overload_takes_little_memory() -> None:
     async def storm() -> None:
         for _ in range(20):
             app.seen.clear()
+            app.headers.clear()
             await asyncio.gather(*(Client(door).ask(body=CHAT_BODY + b" " * 10_000) for _ in range(64)))
 
     run(storm)

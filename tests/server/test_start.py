@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ import pytest
 from moesteer.errors import InputError, MaskMismatchError, MoesteerError, NoEffectError
 from moesteer.serve import server
 from moesteer.serve.server import UNSAFE, Serving, settings_of
-from tests.server.fakes import PIN, additive
+from tests.server.fakes import PIN, additive, run
 
 KEY = "0123456789abcdef"
 
@@ -51,6 +54,9 @@ def test_the_list_of_unsafe_variables_is_whole() -> None:
         "VLLM_SERVER_DEV_MODE",
         "VLLM_ALLOW_INSECURE_SERIALIZATION",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+        "VLLM_DEBUG_LOG_API_SERVER_RESPONSE",
+        "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION",
+        "VLLM_MOE_ROUTING_SIMULATION_STRATEGY",
     }
 
 
@@ -124,3 +130,45 @@ def test_a_pin_that_is_no_mask_is_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "pin.safetensors").write_bytes(data)
     with pytest.raises(MoesteerError):
         settings_of(serving(pins=(tmp_path / "pin.safetensors",)))
+
+
+# ---------------------------------------------------------------- what is said, and the end
+
+
+def test_error_messages_are_cut_before_vllm_cleans_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+
+    def sanitize_message(message: str) -> str:
+        lengths.append(len(message))
+        return message.upper()
+
+    package, users = "vllm.entrypoints.serve.exception_handling", ("utils", "handlers")
+    for name in ("vllm", "vllm.entrypoints", "vllm.entrypoints.serve", package):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name in users:
+        module = ModuleType(f"{package}.{name}")
+        module.sanitize_message = sanitize_message  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(sys.modules[package], name, module, raising=False)
+    server.shorten_messages()
+    server.shorten_messages()  # once is enough
+    for name in users:
+        assert sys.modules[f"{package}.{name}"].sanitize_message("/a" * 8_000) == "/A" * (server.MOST_SAID // 2)
+        assert sys.modules[f"{package}.{name}"].sanitize_message("short") == "SHORT"
+    assert max(lengths) == server.MOST_SAID and len(lengths) == 4
+
+
+def test_a_server_that_no_longer_steers_says_so_and_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raised: list[int] = []
+
+    async def fails(canary: Any, state: Any, *, every_s: float, timeout_s: float) -> None:
+        state.reason = "the canary found the engine not steering"
+
+    monkeypatch.setattr(server, "watch", fails)
+    monkeypatch.setattr(server, "LINGER_S", 0.0)
+    monkeypatch.setattr(signal, "raise_signal", raised.append)
+    state: Any = SimpleNamespace(reason="")
+    run(lambda: server._watch(SimpleNamespace(), state, serving()))  # type: ignore[arg-type]
+    assert raised == [signal.SIGTERM] and state.reason in capsys.readouterr().err

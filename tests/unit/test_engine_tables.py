@@ -233,3 +233,17 @@ def test_rows_of_an_earlier_step_do_not_reach_into_padding() -> None:
     set_rows(made, [1] * 8)
     set_rows(made, [2, 3])
     assert made.row_T.tolist() == [2, 3] + [0] * (TOKENS - 2)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", [0, EXPERTS - 1])
+def test_a_router_is_not_blamed_for_logits_that_are_no_numbers(odd: float, where: int) -> None:
+    made = tables(force=True)
+    set_rows(made, [2, 2, 2, 0])
+    wrong = torch.tensor([[5, 0, 1]] * 4)  # 3 is missing, 5 is in
+    logits = torch.zeros(4, EXPERTS)
+    logits[1, where] = odd
+    made.selected(torch.ones(4, TOP_K), wrong, logits, 4)
+    assert (int(made.forced_L.sum()), int(made.wrong_L.sum())) == (6, 4)  # the other two tokens are still counted
+    made.selected(torch.ones(4, TOP_K), wrong, torch.full((4, EXPERTS), odd), 4)
+    assert int(made.wrong_L.sum()) == 4

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ import pytest
 from typer.testing import CliRunner
 
 pytest.importorskip("vllm")
+
+from vllm import envs
 
 from moesteer.backends.hf import Model
 from moesteer.cli.main import app
@@ -25,9 +27,10 @@ from moesteer.gate import GateInfo, GateRate
 from moesteer.lab import world
 from moesteer.mask import SteeringMask
 from moesteer.trace import TraceReader
-from tests.vllm.masks import PROMPTS, additive, forced
+from tests.vllm.masks import PROMPTS, additive, forced, in_process
 
 pytestmark = pytest.mark.slow
+UNIPROC = 'distributed_executor_backend="uni"'
 ENTRY = "from moesteer.cli.main import run; run()"
 
 
@@ -35,6 +38,14 @@ ENTRY = "from moesteer.cli.main import run; run()"
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a user has it, who set nothing."""
     monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    envs.disable_envs_cache()  # an engine in this process has frozen what it found
+
+
+@pytest.fixture
+def inside() -> Iterator[None]:
+    """Engines in this process: seconds, where their own processes import everything again."""
+    with in_process():
+        yield
 
 
 def run(*args: str | Path) -> tuple[int, str, BaseException | None]:
@@ -47,8 +58,10 @@ def run(*args: str | Path) -> tuple[int, str, BaseException | None]:
 def both(*args: str | Path) -> tuple[str, str]:
     """Standard output of a command that must succeed, with transformers and with vLLM."""
     found = []
-    for backend in ("hf", "vllm"):
-        code, out, error = run(*args, "--backend", backend)
+    # in this process: `generate` below takes the usual way, in processes of its own
+    inside = [] if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0" else ["--engine-option", UNIPROC]
+    for backend, options in (("hf", []), ("vllm", inside)):
+        code, out, error = run(*args, "--backend", backend, *options)
         assert (code, error) == (0, None)
         found.append(out)
     return found[0], found[1]
@@ -101,6 +114,7 @@ def test_generate_answers_the_same_and_prints_nothing_else(masks: dict[str, Path
     assert vllm["receipt"]["changed"] > 0 and vllm["receipt"]["masks"] == hf["receipt"]["masks"]
 
 
+@pytest.mark.usefixtures("inside")
 def test_generate_with_several_masks_of_every_kind_at_once(masks: dict[str, Path], tmp_path: Path) -> None:
     prompts = [part for text in PROMPTS for part in ("--prompt", text)]
     given = [part for path in masks.values() for part in ("--mask", path)]
@@ -113,6 +127,7 @@ def test_generate_with_several_masks_of_every_kind_at_once(masks: dict[str, Path
 
 
 @pytest.mark.parametrize("kind", ["additive", "gated", "forced"])
+@pytest.mark.usefixtures("inside")
 def test_evaluate_gives_the_same_results(kind: str, masks: dict[str, Path], tmp_path: Path) -> None:
     args = (
         "evaluate", "lab-tiny", "--suite", "attacks", "--suite", "knowledge", "--limit", "4", "--mask", masks[kind],
@@ -148,6 +163,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("level", "spans"), [("logits", ("response", "final_user")), ("selected", ("prompt",))]
 )  # fmt: skip
+@pytest.mark.usefixtures("inside")
 def test_capture_keeps_the_same_trace(level: str, spans: tuple[str, ...], pairs: Path, tmp_path: Path) -> None:
     more = [part for span in spans for part in ("--span", span)]
     for backend in ("hf", "vllm"):
