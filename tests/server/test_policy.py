@@ -348,7 +348,6 @@ def test_parts_that_name_an_address_are_refused(kind: str, url: str) -> None:
         assert "address to fetch" in said_of([{"type": "text", "text": "x"}, {"type": kind, kind: link}])
 
 
-@pytest.mark.xfail(strict=True, reason="fault: only the field named as the type is looked at; vLLM reads others too")
 @pytest.mark.parametrize(
     "part",
     [

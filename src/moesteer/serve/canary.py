@@ -225,7 +225,7 @@ async def _unless_stuck(canary: Canary, timeout_s: float) -> str:
                 now = await asyncio.wait_for(canary.steps(), timeout_s)
             except TimeoutError:
                 return f"the workers gave no sign in {timeout_s:g} s"
-            if now == steps:
+            if now == steps and not check.done():
                 return f"the canary had no answer, and the workers made no step in {timeout_s:g} s"
             steps = now
         await check

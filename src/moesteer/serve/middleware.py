@@ -105,7 +105,7 @@ class Policy:
             return "anyone"
         given = [value.decode("latin-1") for name, value in headers if name.lower() == b"authorization"]
         authorization = given[0] if len(given) == 1 else ""
-        if asked in ADMIN or (asked[1] == METRICS and self.keys.needed):
+        if asked in ADMIN or (asked == ("GET", METRICS) and self.keys.needed):
             if not self.keys.has_admin:
                 raise Refused(404, "not found")
             if not self.keys.is_admin(authorization):

@@ -177,10 +177,22 @@ def _require_parts(content: Any) -> None:
     for part in content:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise _refusal("a part of a message is no object with a type", '{"type": "text", "text": "..."}')
-        link = part.get(part["type"])
-        url = link.get("url") if isinstance(link, dict) else link if part["type"] != "text" else None
-        if isinstance(url, str) and not url.startswith("data:"):
+        _require_no_address(part)
+
+
+def _require_no_address(part: Mapping[str, Any]) -> None:
+    """Whatever the type says: what a key names as a URL, and anything that looks like one, is data in the body."""
+    waiting = [(key, value) for key, value in part.items() if key not in ("type", "text", "refusal", "thinking")]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(inner, one) for inner, one in value.items()]
+        elif isinstance(value, list):
+            waiting += [(key, one) for one in value]
+        elif isinstance(value, str) and not value.startswith("data:") and (key.endswith("url") or ":" in value):
             raise _refusal("a part of a message names an address to fetch", "data: in the body")
+    if "uuid" in part or part["type"] == "prompt_embeds":
+        raise _refusal("a part of a message is a reference or an embedding", "text, or data: in the body")
 
 
 def _mask(extra: Any) -> str | None:

@@ -88,16 +88,25 @@ class Steered:
 
     def _make_tables(self, found: Found, at: list[int]) -> Tables:
         """at: places of this worker's layers in the fingerprint."""
-        if self.catalogue.members:
-            bias_RLE, force_RLE = self.catalogue.tables()
-        else:
-            shape = (1, len(found.fingerprint.layer_ids), found.fingerprint.experts)
-            bias_RLE, force_RLE = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.int8)
+        bias_RLE, force_RLE = self._content(at, experts=found.fingerprint.experts)
         return Tables(
-            tuple(layer.layer_id for layer in found.here), bias_RLE[:, at], force_RLE[:, at], self._gates(at),
+            tuple(layer.layer_id for layer in found.here), bias_RLE, force_RLE, self._gates(at),
             tokens=self.runner.max_num_tokens, top_k=found.fingerprint.top_k, capture=self.settings.capture,
             count=self.settings.count, device=self.runner.device,
         )  # fmt: skip
+
+    def _content(self, at: list[int], *, experts: int = 0) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
+        """(bias [R, L here, E], force [R, L here, E]) as the masks have them."""
+        if self.catalogue.members:
+            bias_RLE, force_RLE = self.catalogue.tables()
+            return bias_RLE[:, at], force_RLE[:, at]
+        shape = (1, len(at), experts or (self.tables.experts if self.tables is not None else 0))
+        return np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.int8)
+
+    def _places(self) -> list[int]:
+        """Of this worker's layers among the masks' rows."""
+        known = self.catalogue.fingerprint
+        return [n if known is None else known.layer_ids.index(layer.layer_id) for n, layer in enumerate(self.layers)]
 
     def _patch(self, layer: LayerRouter, router: Router) -> None:
         """Tap one layer. Raises SelfCheckError where its selection has to be made beside it, and cannot."""
@@ -126,10 +135,10 @@ class Steered:
         return np.stack(columns, axis=-1) if columns else np.zeros((len(at), experts, 0), dtype=np.float32)
 
     def _check_operator(self) -> None:
-        """Every layer's operator against routing.steer_logits, on random logits and every row."""
+        """Every layer's operator against routing.steer_logits and the masks, on random logits and every row."""
         assert self.tables is not None
         tables, rng = self.tables, np.random.default_rng(0)
-        bias_RLE, force_RLE = tables.content()
+        bias_RLE, force_RLE = self._content(self._places())
         rows = np.resize(np.arange(len(bias_RLE), dtype=np.int32), min(len(bias_RLE) + 3, len(tables.row_T)))
         tables.set_rows(rows, self._staging)
         logits = rng.normal(size=(len(rows), tables.experts)).astype(np.float32)
@@ -148,15 +157,15 @@ class Steered:
         tables.beats_L.zero_()
 
     def _check_scores(self, count: int) -> None:
-        """The gates' scores, of the same logits in every layer, against their definition."""
+        """The gates' scores, of the same logits in every layer, against the masks' gates."""
         assert self.tables is not None
         tables = self.tables
-        if tables.gate is None:
+        if tables.gate is None or not self.layers:
             return
         logits = np.random.default_rng(1).normal(size=(count, tables.experts)).astype(np.float32)
         for layer in self.layers:
             tables.steer(torch.tensor(logits, device=tables.device), layer.layer_id)
-        want = logits @ np.sum([gate.cpu().numpy() for gate in tables.gate], axis=0)
+        want = logits @ self._gates(self._places()).sum(axis=0)
         got = tables.score_TG[:count].cpu().numpy()
         if not np.allclose(got, want, rtol=1e-2, atol=1e-2 * max(1.0, float(np.abs(want).max()))):
             raise SelfCheckError(
@@ -192,6 +201,8 @@ class Steered:
                     first = int(batch.num_computed_tokens_cpu[place])
                     self._pending.append((self.reads[name], first, start, int(count)))
                 start += int(count)
+        if not self.steps:  # those of warm-up passes prove nothing
+            self.tables.beats_L.zero_()
         self.steps += 1
         run_with(self.tables)
 
