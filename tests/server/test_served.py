@@ -33,10 +33,10 @@ from moesteer.errors import InputError, NoEffectError
 from moesteer.mask import SteeringMask
 from moesteer.serve.server import Serving, engine_arguments, settings_of
 from tests.compat.test_gating import TALKS, behind, sometimes, who
+from tests.engine.masks import PROMPTS as EVERY
+from tests.engine.masks import talks
 from tests.server.attacks import TRAVERSALS, hostile
 from tests.server.serving import ADMIN, Served, fails, half, serving, until
-from tests.vllm.masks import PROMPTS as EVERY
-from tests.vllm.masks import talks
 
 pytestmark = pytest.mark.slow
 PROMPTS = (EVERY[0], *EVERY[2:])  # without a fact that no mask moves

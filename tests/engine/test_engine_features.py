@@ -26,7 +26,7 @@ from moesteer.conversations import Message
 from moesteer.errors import InputError, MoesteerError
 from moesteer.gate import GateInfo, GateRate, Pool, parts
 from moesteer.mask import SteeringMask
-from tests.vllm.masks import (
+from tests.engine.masks import (
     NONE,
     PROMPTS,
     A,

@@ -17,7 +17,7 @@ from moesteer.backends.vllm import requests
 from moesteer.backends.vllm.catalogue import Row
 from moesteer.conversations import Message
 from moesteer.mask import SteeringMask
-from tests.vllm.masks import NONE, A, B, F, Tokens, counter, engine, said, three, truth
+from tests.engine.masks import NONE, A, B, F, Tokens, counter, engine, said, three, truth
 
 BATCHES, MOST = 500, 8
 _BEFORE = (

@@ -27,7 +27,7 @@ from moesteer.gate import GateInfo, GateRate
 from moesteer.lab import world
 from moesteer.mask import SteeringMask
 from moesteer.trace import TraceReader
-from tests.vllm.masks import PROMPTS, additive, forced, in_process
+from tests.engine.masks import PROMPTS, additive, forced, in_process
 
 pytestmark = pytest.mark.slow
 UNIPROC = 'distributed_executor_backend="uni"'

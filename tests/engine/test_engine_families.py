@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from moesteer.backends.loading import load
 from moesteer.backends.sources import LAB_TINY
+from tests.engine.masks import NONE, PROMPTS, A, B, F, engine, said, talks, three_that_matter
 from tests.tiny_families import SHAPE, TINY, Row, randomise, tiny_model
-from tests.vllm.masks import NONE, PROMPTS, A, B, F, engine, said, talks, three_that_matter
 
 ROWS = [A, NONE, B, F, NONE]
 MOST = 14
