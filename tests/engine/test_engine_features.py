@@ -378,7 +378,8 @@ def config(**changed: Any) -> SimpleNamespace:
                                      enable_prompt_embeds=False, enable_sleep_mode=False),
         parallel_config=SimpleNamespace(data_parallel_size=1, enable_expert_parallel=False,
                                         use_sequence_parallel_moe=False, enable_eplb=False, enable_dbo=False,
-                                        prefill_context_parallel_size=1),
+                                        use_ubatching=False, prefill_context_parallel_size=1),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
     )  # fmt: skip
     for path, value in changed.items():
         *owners, name = path.split("__")
@@ -407,6 +408,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"parallel_config__use_sequence_parallel_moe": True}, "sequence-parallel MoE"),
     ({"parallel_config__enable_eplb": True}, "expert load balancing"),
     ({"parallel_config__enable_dbo": True}, "dual batch overlap"),
+    ({"parallel_config__use_ubatching": True}, "micro-batches"),
+    ({"cache_config__kv_sharing_fast_prefill": True}, "fast prefill"),
     ({"parallel_config__prefill_context_parallel_size": 2}, "prefill context parallelism"),
     ({"lora_config": object()}, "LoRA adapters"),
     (drafts("eagle"), "a draft model .eagle. is not tested"),
@@ -437,7 +440,7 @@ def test_what_is_tested_or_named_is_not_refused(changed: dict[str, Any], setting
 
 
 def test_every_refusal_has_a_case() -> None:
-    assert len(_findings(config(), Settings())) == len(REFUSED) - 1  # two kinds of draft model
+    assert len(_findings(config(), Settings())) == len(REFUSED) - 2  # two kinds of draft model, two of split steps
 
 
 def test_an_engine_with_a_refused_feature_does_not_start(prepared: Prepared) -> None:
