@@ -54,7 +54,7 @@ class Serving:
     """What the operator chose. alpha: of the pinned masks, one each (None: a mask's own).
 
     keys: file of clients' keys; admin: the admin's token; engine: further options of `vllm serve`, as words.
-    canary_s, timeout_s: how often the canary is sent; how long a step of a worker, or the canary, may take.
+    canary_s, timeout_s: how often the canary is sent; how long a worker may take for one step.
     """
 
     model: str
