@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -221,8 +223,6 @@ def test_no_process_is_left(masks: dict[str, Path]) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_start_that_is_stopped_leaves_no_process(number: signal.Signals, tmp_path: Path) -> None:
     """Ctrl-C goes to the whole group, as from a terminal; SIGTERM to the command, as from a job scheduler."""
-    import psutil
-
     code = f"import signal; signal.signal(2, signal.default_int_handler); {ENTRY}"
     args = ["generate", "lab-tiny", "--prompt", "hello", "--backend", "vllm"]
     command = subprocess.Popen(
@@ -230,22 +230,31 @@ def test_a_start_that_is_stopped_leaves_no_process(number: signal.Signals, tmp_p
     )
     parent = psutil.Process(command.pid)
     until = time.monotonic() + 120
-    while len(parent.children(recursive=True)) < 3 and time.monotonic() < until:  # a tracker, the engine, its worker
+    seen: set[psutil.Process] = set()  # not only those of the last look: some children live for a moment only
+    while not _engines(parent) and time.monotonic() < until:
         time.sleep(0.2)
-    family = parent.children(recursive=True)
-    assert len(family) >= 3
+        seen.update(parent.children(recursive=True))
+    seen.update(parent.children(recursive=True))
+    assert _engines(parent)
     (os.killpg if number == signal.SIGINT else os.kill)(command.pid, number)
     assert command.wait(timeout=60) == 128 + number
-    _, left = psutil.wait_procs(family, timeout=20)
+    _, left = psutil.wait_procs(seen, timeout=20)
     assert not left
 
 
 def _children() -> list[str]:
     """Names of this process's descendants that belong to an engine."""
-    import psutil
-
     psutil.wait_procs(psutil.Process().children(recursive=True), timeout=5)
-    return [p.name() for p in psutil.Process().children(recursive=True) if "VLLM" in p.name() or "Engine" in p.name()]
+    return _engines(psutil.Process())
+
+
+def _engines(parent: psutil.Process) -> list[str]:
+    """Names of a process's descendants that call themselves an engine or its worker."""
+    names = []
+    for process in parent.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            names.append(process.name())
+    return [name for name in names if "VLLM" in name or "Engine" in name]
 
 
 def test_a_mask_of_another_model_is_refused_before_an_engine_starts(
