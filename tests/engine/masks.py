@@ -12,8 +12,8 @@ from unittest.mock import patch
 import numpy as np
 
 from moesteer.backends.hf import Model
+from moesteer.backends.vllm.loading import load as start
 from moesteer.backends.vllm.model import VllmModel
-from moesteer.backends.vllm.model import load as start
 from moesteer.conversations import Message
 from moesteer.errors import MaskContentError
 from moesteer.mask import Intent, MaskInfo, SteeringMask

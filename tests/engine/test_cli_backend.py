@@ -203,7 +203,7 @@ def test_engine_options_reach_the_engine_and_wrong_ones_are_named() -> None:
 
 def test_what_an_engine_dies_of_reaches_the_user(masks: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker finds another checkpoint, which the parent is kept from finding: its four parts come through."""
-    from moesteer.backends.vllm.model import load
+    from moesteer.backends.vllm.loading import load
 
     mask = SteeringMask.load(masks["additive"])
     other = mask.info.fingerprint.model_copy(update={"router_sha256": "0" * 64})

@@ -87,7 +87,7 @@ def test_a_repeated_key_cannot_hide_a_mask() -> None:
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 @pytest.mark.parametrize("key", REFUSED_KEYS)
 def test_fields_that_are_the_operators_are_refused(path: str, key: str) -> None:
-    for value in ("x", {"a": 1}, ["x"], 1, True, "", [], {}):
+    for value in ("x", {"a": 1}, ["x"], 1, 0, 0.0, True, "", [], {}):
         assert key in refused(path, **{key: value})
     ask(path, **{key: None})
     ask(path, **{key: False})

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from moesteer.conversations import Message
-from moesteer.errors import DataError, ModelError
+from moesteer.errors import DataError, InputError, ModelError
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,20 @@ class Chat:
             )
         return Encoded(tuple(ids), spans)
 
+    def encode_all(self, conversations: Sequence[Sequence[Message]], *, max_new_tokens: int) -> list[Encoded]:
+        """Every conversation encoded, each with room for so many new tokens. Raises DataError."""
+        encoded = [self.encode(messages) for messages in conversations]
+        for messages, one in zip(conversations, encoded, strict=True):
+            self.require_room(messages, one, max_new_tokens=max_new_tokens)
+        return encoded
+
+    def as_generation(self, token_ids: Sequence[int]) -> Generation:
+        """What was generated, up to its first end token."""
+        stop = next((i for i, token in enumerate(token_ids) if token in self._stops), None)
+        kept = token_ids if stop is None else token_ids[:stop]
+        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        return Generation(text.strip(), tuple(kept), stop is not None)
+
     def _final_user_start(self, messages: Sequence[Message], text: str) -> int:
         """Character where the last message's content stands in the rendered text, found by a stand-in."""
         mark = "\u2402moesteer\u2403"
@@ -114,6 +128,17 @@ class Chat:
                 expected=f"at most {self.context_tokens} tokens together",
                 do="shorten the conversation, or lower the number of new tokens",
             )
+
+
+def require_rows(rows: Sequence[int] | None, *, count: int, masks: int) -> None:
+    """Raise InputError unless rows, where given, say for each of `count` conversations which of the masks steers it."""
+    if rows is not None and (len(rows) != count or not all(0 <= row <= masks for row in rows)):
+        raise InputError(
+            f"rows do not say which mask steers which conversation: {list(rows)[:20]}",
+            where=f"{count} conversations, {masks} masks applied",
+            expected="for each conversation 0 (none) or the number of a mask, from 1",
+            do="correct the rows",
+        )
 
 
 def stop_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -19,19 +19,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moesteer.backends.chat import Chat, Encoded, Generation, length_batches, stop_ids
+from moesteer.backends.chat import Chat, Encoded, Generation, length_batches, require_rows, stop_ids
 from moesteer.backends.checkpointing import checkpointed
 from moesteer.backends.gating import decide
 from moesteer.backends.layers import decoder_layers
 from moesteer.backends.reading import Kept
 from moesteer.conversations import Message
-from moesteer.errors import InputError, NoEffectError
+from moesteer.errors import NoEffectError
 from moesteer.fingerprint import Fingerprint
 from moesteer.gate import Pool
 from moesteer.mask import SteeringMask
 from moesteer.models.check import backbone
 from moesteer.models.fingerprint import fingerprint_of, is_quantised
-from moesteer.models.limits import require_possible, require_strengths, require_together
+from moesteer.models.limits import require_masks, strengths_of
 from moesteer.models.routers import Router, find_routers
 from moesteer.models.silencing import silencing
 from moesteer.models.steering import BiasSteering, MaskTables, Receipt
@@ -145,9 +145,7 @@ class Model(Chat):
         rows: with several masks applied, which steers which conversation (0 none, m the m-th mask).
         title: shows a progress bar. Raises DataError for a prompt that does not fit the context.
         """
-        encoded = [self.encode(messages) for messages in conversations]
-        for messages, one in zip(conversations, encoded, strict=True):
-            self.require_room(messages, one, max_new_tokens=max_new_tokens)
+        encoded = self.encode_all(conversations, max_new_tokens=max_new_tokens)
         acting = self._acting(encoded, rows)
         done: list[Generation | None] = [None] * len(encoded)
         remembered = self._recall(encoded, acting, max_new_tokens)
@@ -208,13 +206,7 @@ class Model(Chat):
         """Which masks act on which conversation, gates decided; None where the tables need not be told."""
         applied, steering = self._applied, self._steering
         known = len(applied.masks) if applied is not None else 0
-        if rows is not None and (len(rows) != len(encoded) or not all(0 <= row <= known for row in rows)):
-            raise InputError(
-                f"rows do not say which mask steers which conversation: {list(rows)[:20]}",
-                where=f"{len(encoded)} conversations, {known} masks applied",
-                expected="for each conversation 0 (none) or the number of a mask, from 1",
-                do="correct the rows",
-            )
+        require_rows(rows, count=len(encoded), masks=known)
         if applied is None or steering is None or (rows is None and not applied.gated):
             return None
         every = tuple(range(1, len(applied.masks) + 1))
@@ -247,13 +239,7 @@ class Model(Chat):
                 expected="a forward pass that calls the routers",
                 do="undo torch.compile, or compile again inside the block; a graph kept from before leaves them out",
             )
-        results = []
-        for row in out[:, input_ids.shape[1] :].tolist():
-            stop = next((i for i, token in enumerate(row) if token in self._stops), None)
-            kept = row if stop is None else row[:stop]
-            text = self.tokenizer.decode(kept, skip_special_tokens=True)
-            results.append(Generation(text.strip(), tuple(kept), stop is not None))
-        return results
+        return [self.as_generation(row) for row in out[:, input_ids.shape[1] :].tolist()]
 
     def chat(self, text: str, *, max_new_tokens: int = 128) -> str:
         """The model's reply to one user message."""
@@ -278,15 +264,11 @@ class Model(Chat):
         the mask's own), or none at all. Raises InputError, MaskMismatchError, MaskContentError, NoEffectError,
         AlreadySteeredError before the first token. On exit the model is itself again, bit for bit.
         """
-        strengths = [None] * len(masks) if alphas is None else list(alphas)
-        require_strengths(masks, strengths)
-        for mask in masks:
-            mask.check_model(self.fingerprint, allow_other_checkpoint=allow_other_checkpoint)
-            if not allow_empty:
-                mask.require_entries()
-            require_possible(mask, self.routers)
-        if together:
-            require_together(masks, strengths, self.routers)
+        strengths = strengths_of(masks, alphas)
+        require_masks(
+            masks, strengths, self.fingerprint, self.routers, together=together,
+            allow_other_checkpoint=allow_other_checkpoint, allow_empty=allow_empty,
+        )  # fmt: skip
         steering = MaskTables.of_masks(masks, strengths, device=self.device)
         applied = Applied(tuple(masks), together)
         if applied.gated:

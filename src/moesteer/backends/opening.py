@@ -85,7 +85,7 @@ def opened(
 
         yield loading.load(model, dtype=dtype, device=device, quantize=quantize)
         return
-    from moesteer.backends.vllm.model import load
+    from moesteer.backends.vllm.loading import load
 
     if sys.stderr.isatty():
         print("starting vLLM (VLLM_LOGGING_LEVEL=INFO shows how) ...", file=sys.stderr)

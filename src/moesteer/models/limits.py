@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from moesteer.errors import InputError, MaskContentError
+from moesteer.fingerprint import Fingerprint
 from moesteer.mask import SteeringMask
 from moesteer.models.routers import Router
 from moesteer.routing import check_force
@@ -32,6 +33,36 @@ def require_possible(mask: SteeringMask, routers: Sequence[Router]) -> None:
             expected="none switched on: a top-1 router has one place, and every token would take this expert in it",
             do="switch others off, or use an additive mask, which leaves the choice to the token",
         )
+
+
+def strengths_of(masks: Sequence[SteeringMask], alphas: Sequence[float | None] | None) -> list[float | None]:
+    """One strength for each mask (None: its own). Raises InputError as require_strengths."""
+    strengths: list[float | None] = [None] * len(masks) if alphas is None else list(alphas)
+    require_strengths(masks, strengths)
+    return strengths
+
+
+def require_masks(
+    masks: Sequence[SteeringMask],
+    strengths: Sequence[float | None],
+    fingerprint: Fingerprint,
+    routers: Sequence[Router],
+    *,
+    together: bool,
+    allow_other_checkpoint: bool = False,
+    allow_empty: bool = False,
+) -> None:
+    """Raise unless this model can be steered by these masks: MaskMismatchError, MaskContentError, NoEffectError.
+
+    together: all act on every token, so their forces must agree. allow_empty: a mask may change nothing.
+    """
+    for mask in masks:
+        mask.check_model(fingerprint, allow_other_checkpoint=allow_other_checkpoint)
+        if not allow_empty:
+            mask.require_entries()
+        require_possible(mask, routers)
+    if together:
+        require_together(masks, strengths, routers)
 
 
 def require_strengths(masks: Sequence[SteeringMask], alphas: Sequence[float | None]) -> None:

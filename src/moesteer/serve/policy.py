@@ -105,7 +105,7 @@ def checked(path: str, body: bytes, catalogue: Catalogue, limits: Limits) -> Ask
     for key in asked:
         if key.lower().startswith(OURS):
             raise _refusal(f"a request may not say {key!r}"[:120], f"a mask id at vllm_xargs.{MASK}, or nothing")
-        if key in REFUSED_KEYS and asked[key] not in (None, False):
+        if key in REFUSED_KEYS and asked[key] is not None and asked[key] is not False:
             raise _refusal(f"{key} is not taken here: {REFUSED_KEYS[key]}", f"a request without {key}")
         if key not in TAKEN and key not in REFUSED_KEYS:
             raise _refusal(f"{key!r} is not taken here"[:120], "keys of OpenAI's API and vLLM's sampling parameters")

@@ -1,14 +1,6 @@
 """vLLM as an offline backend: the same questions as backends/hf.Model, answered by an engine of its own.
 
-An engine takes its masks when it starts, so a model is loaded with them:
-
-    model = load("lab-tiny", masks=[mask])
-    plain = model.generate(conversations)
-    with model.steered([mask], together=True) as receipt:
-        steered = model.generate(conversations)
-
-Greedy decoding only, as there. The engine's processes are started anew by Python, so scripts need the usual
-`if __name__ == "__main__":`.
+Greedy decoding only, as there. loading.py starts the engine.
 """
 
 from __future__ import annotations
@@ -18,32 +10,19 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
-from transformers import AutoTokenizer, GenerationConfig
 
 from moesteer import files
-from moesteer.backends.adapters import adapter_config
-from moesteer.backends.chat import Chat, Encoded, Generation, stop_ids
-from moesteer.backends.fingerprinting import checkpoint_of, routers_of_files
-from moesteer.backends.sources import (
-    as_model_errors,
-    model_types,
-    native_config,
-    read_config,
-    require_extra,
-    source_of,
-)
+from moesteer.backends.chat import Chat, Encoded, Generation, require_rows
+from moesteer.backends.fingerprinting import checkpoint_of
 from moesteer.backends.vllm.catalogue import Catalogue, Member, Row
 from moesteer.backends.vllm.gating import decided, needs_gate, probe
 from moesteer.backends.vllm.output import Output
 from moesteer.backends.vllm.requests import Reading, Ticket, tickets
-from moesteer.backends.vllm.settings import Settings, settings_for
-from moesteer.backends.vllm.starting import require_arguments, start
 from moesteer.conversations import Message
 from moesteer.errors import (
     AlreadySteeredError,
@@ -53,8 +32,7 @@ from moesteer.errors import (
     NoEffectError,
 )
 from moesteer.mask import SteeringMask
-from moesteer.models.limits import require_possible, require_strengths, require_together
-from moesteer.models.routers import require_steerable
+from moesteer.models.limits import strengths_of
 from moesteer.models.steering import Receipt
 from moesteer.progress import Progress
 
@@ -62,102 +40,8 @@ CHUNK = 1_024
 """Requests given to the engine at a time; between chunks the progress bar moves."""
 
 
-def load(
-    model: str | Path,
-    *,
-    masks: Sequence[SteeringMask] = (),
-    alphas: Sequence[float | None] | None = None,
-    together: bool = True,
-    dtype: str = "auto",
-    revision: str | None = None,
-    capture: Literal["logits", "selected"] | None = None,
-    allow_other_checkpoint: bool = False,
-    options: Mapping[str, Any] | None = None,
-) -> VllmModel:
-    """Start an engine with a Hugging Face folder, a Hub id in the local cache, or `lab-tiny`, and prove that it steers.
-
-    masks, alphas: what it can be steered by (alphas: None for a mask's own). together: all at once; else one for each
-    row (`generate(rows=...)`). capture: what `read` can keep. options: of vLLM's LLM class (tensor_parallel_size, ...).
-    dtype: "auto" is float32 on a CPU and the checkpoint's own elsewhere. What vLLM prints is kept off the screen unless
-    VLLM_LOGGING_LEVEL is set (output.py). Raises as backends.loading.load does, InputError, UnknownNameError,
-    MaskMismatchError, MaskContentError, NoEffectError, MissingExtraError.
-    """
-    name = str(model)
-    require_extra("vllm", "vllm", what="--backend vllm runs the model in vLLM", where=name)
-    require_arguments(name, dtype=dtype, options=options or {})
-    source = source_of(name)
-    if adapter_config(source, name=name, revision=revision) is not None:
-        raise ModelError(
-            "the model is an adapter of PEFT, and a steered engine of vLLM runs none",
-            where=name,
-            expected="a whole model",
-            do="merge the adapter into its base and save that; or --backend hf",
-        )
-    stored = read_config(source, name=name, revision=revision)
-    require_steerable(model_types(stored), where=name)
-    routers, fingerprint = routers_of_files(source, revision=revision)
-    strengths = [None] * len(masks) if alphas is None else list(alphas)
-    require_strengths(masks, strengths)
-    for mask in masks:
-        mask.check_model(fingerprint, allow_other_checkpoint=allow_other_checkpoint)
-        mask.require_entries()
-        require_possible(mask, routers)
-    if together:
-        require_together(masks, strengths, routers)
-    with as_model_errors("no tokenizer for the model", name=name, do="check the folder"):
-        config = native_config(stored)
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, config=config, trust_remote_code=False)
-    context = int(getattr(config.get_text_config(), "max_position_embeddings", 1 << 30))
-    folder = tempfile.TemporaryDirectory(prefix="moesteer-masks-")  # every process of the engine reads the masks there
-    settings = _settings(
-        masks, strengths, Path(folder.name), together=together, capture=capture, other=allow_other_checkpoint
-    )
-    catalogue = Catalogue.load(settings)
-    output = Output(Path(folder.name) / "output.txt")
-    engine = start(source, name, settings, output, dtype=dtype, revision=revision, options=options or {})
-    try:
-        return VllmModel(
-            engine, tokenizer, name=name, context_tokens=min(context, int(engine.model_config.max_model_len)),
-            stops=stop_ids(_generation_config(source, revision), tokenizer), fingerprint=fingerprint,
-            masks=tuple(masks), catalogue=catalogue, folder=folder, output=output, source=source, revision=revision,
-            capture=capture, options=options or {},
-        )  # fmt: skip
-    except BaseException:
-        engine.llm_engine.engine_core.shutdown()
-        raise
-
-
-def _generation_config(source: str, revision: str | None) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(source, revision=revision)
-    except OSError:  # there is none
-        return None
-
-
-def _settings(
-    masks: Sequence[SteeringMask],
-    alphas: Sequence[float | None],
-    folder: Path,
-    *,
-    together: bool,
-    capture: Literal["logits", "selected"] | None,
-    other: bool,
-) -> Settings:
-    """As pinned masks, or as masks to be named `1`, `2`, ... A mask at strength 0 is left out: it does nothing."""
-    sources: dict[str, tuple[Path, float | None]] = {}
-    for number, (mask, alpha) in enumerate(zip(masks, alphas, strict=True), 1):
-        if (mask.info.alpha if alpha is None else alpha) != 0:
-            path = folder / f"{number}.safetensors"
-            mask.save(path)
-            sources[str(number)] = (path, alpha)
-    return settings_for(
-        pins=list(sources.values()) if together else (), masks={} if together else sources, capture=capture,
-        allow_other_checkpoint=other, count=bool(sources),
-    )  # fmt: skip
-
-
 class VllmModel(Chat):
-    """A model inside an engine of vLLM. Made by `load`."""
+    """A model inside an engine of vLLM. Made by loading.load."""
 
     def __init__(
         self,
@@ -241,9 +125,7 @@ class VllmModel(Chat):
         title: str | None = None,
     ) -> list[Generation]:
         """Greedy responses, in the order given; as backends.hf.Model.generate."""
-        encoded = [self.encode(messages) for messages in conversations]
-        for messages, one in zip(conversations, encoded, strict=True):
-            self.require_room(messages, one, max_new_tokens=max_new_tokens)
+        encoded = self.encode_all(conversations, max_new_tokens=max_new_tokens)
         return self.generate_encoded(encoded, max_new_tokens=max_new_tokens, rows=rows, title=title)
 
     def generate_encoded(
@@ -263,7 +145,7 @@ class VllmModel(Chat):
                 chosen = self._rows(part, wanted)
                 self._check_gates(wanted, chosen)
                 outputs = self._run(part, [Ticket(row.name) for row in chosen], max_new_tokens=max_new_tokens)
-                done += [self._generation(output.outputs[0]) for output in outputs]
+                done += [self.as_generation(list(output.outputs[0].token_ids)) for output in outputs]
                 if self._receipt is not None:
                     self._receipt.positions += sum(
                         len(one.token_ids) + len(output.outputs[0].token_ids) - 1
@@ -273,13 +155,6 @@ class VllmModel(Chat):
                 progress.advance(len(part))
         self._count()
         return done
-
-    def _generation(self, made: Any) -> Generation:
-        ids = list(made.token_ids)
-        stop = next((i for i, token in enumerate(ids) if token in self._stops), None)
-        kept = ids if stop is None else ids[:stop]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        return Generation(text.strip(), tuple(kept), stop is not None)
 
     def _run(self, prompts: Sequence[Encoded], wanted: Sequence[Ticket], *, max_new_tokens: int) -> list[Any]:
         from vllm import SamplingParams
@@ -319,13 +194,7 @@ class VllmModel(Chat):
     def _acting(self, count: int, rows: Sequence[int] | None) -> list[tuple[Member, ...]]:
         """The members wanted on each conversation, gates not asked yet."""
         known = len(self.masks) if self._receipt is not None else 0
-        if rows is not None and (len(rows) != count or not all(0 <= row <= known for row in rows)):
-            raise InputError(
-                f"rows do not say which mask steers which conversation: {list(rows)[:20]}",
-                where=f"{count} conversations, {known} masks applied",
-                expected="for each conversation 0 (none) or the number of a mask, from 1",
-                do="correct the rows",
-            )
+        require_rows(rows, count=count, masks=known)
         if self._receipt is None:
             return [()] * count
         if self._together and rows is not None and known > 1:
@@ -381,7 +250,8 @@ class VllmModel(Chat):
 
         As backends.hf.Model.steered. Raises InputError for other masks, AlreadySteeredError.
         """
-        mine = [(mask.sha256, mask.info.alpha if a is None else a) for mask, a in self._pairs(masks, alphas)]
+        given = strengths_of(masks, alphas)
+        mine = [(mask.sha256, mask.info.alpha if a is None else a) for mask, a in zip(masks, given, strict=True)]
         have = [(m.mask.sha256, m.alpha) for m in self.catalogue.members]
         if [pair for pair in mine if pair[1] != 0] != have or (not together and len(masks) > 1 and self.catalogue.pins):
             raise InputError(
@@ -405,13 +275,6 @@ class VllmModel(Chat):
             yield self._receipt
         finally:
             self._receipt = None
-
-    def _pairs(
-        self, masks: Sequence[SteeringMask], alphas: Sequence[float | None] | None
-    ) -> list[tuple[SteeringMask, float | None]]:
-        strengths = [None] * len(masks) if alphas is None else list(alphas)
-        require_strengths(masks, strengths)
-        return list(zip(masks, strengths, strict=True))
 
     def _check_gates(self, acting: Sequence[tuple[Member, ...]], rows: Sequence[Row]) -> None:
         if self._receipt is None:

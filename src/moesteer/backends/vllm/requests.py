@@ -92,7 +92,7 @@ def row_for(catalogue: Catalogue, extra_args: Mapping[str, Any] | None) -> Row:
         raise InputError(
             "a gated mask acts on requests whose gate was asked, and this one's was not",
             where="a request made past moesteer's own engine classes",
-            expected="requests through `moesteer serve`, or moesteer.backends.vllm.model.VllmModel",
+            expected="requests through `moesteer serve`, or moesteer.backends.vllm.loading.load",
             do="use one of these; or serve the mask without its gate (`moesteer mask compose`, with_gate(None, None))",
         )
     return catalogue.row(acting)

@@ -68,7 +68,10 @@ class Tables:
             self.gate = [torch.tensor(gate_EG, device=device).contiguous() for gate_EG in gate_LEG]
         self.row_T = torch.zeros(tokens, dtype=torch.int32, device=device)
         self.beats_L = torch.zeros(len(layer_ids), dtype=torch.int64, device=device)
-        self._beats = list(self.beats_L.unbind())
+        on_gpu = self.beats_L.device.type != "cpu"  # there a graph replays the kernel that counts
+        self._beats = list(self.beats_L.unbind()) if on_gpu else None
+        self._beats_here = None if on_gpu else self.beats_L.numpy()
+        self._rows_now = self.row_T[:0]
         self.score_TG = torch.zeros((tokens, parts), dtype=torch.float32, device=device)
         self.wrong_L = torch.zeros(len(layer_ids), dtype=torch.int64, device=device)
         self.forced_L = torch.zeros(len(layer_ids), dtype=torch.int64, device=device)
@@ -125,7 +128,10 @@ class Tables:
     def steer(self, logits_NW: Tensor, layer_id: int) -> Tensor:
         """The steered logits of one layer, a new tensor of the same shape and dtype."""
         at = self.place[layer_id]
-        self._beats[at].add_(1)
+        if self._beats_here is not None:
+            self._beats_here[at] += 1
+        elif self._beats is not None:
+            self._beats[at].add_(1)
         count, width = logits_NW.shape
         logits_NE = logits_NW if width == self.experts else logits_NW[:, : self.experts]
         if self.gate is not None:
@@ -151,7 +157,7 @@ class Tables:
             row = self.uniform
             if force is None or not bool(force[row].any()):
                 return logits_NE.clone() if bias is None or row == 0 else _add(logits_NE, bias[row])
-        rows = self.row_T[:count]
+        rows = self._rows(count)
         if force is None:
             assert bias is not None
             return bias.index_select(0, rows).add_(logits_NE).to(logits_NE.dtype)
@@ -160,6 +166,12 @@ class Tables:
             logits_NE.float(), bias_NE.expand(count, self.experts), force.index_select(0, rows),
             rounded_to=logits_NE.dtype, most_on=self.top_k,
         ).to(logits_NE.dtype)  # fmt: skip
+
+    def _rows(self, count: int) -> Tensor:
+        """row_T[:count], the same view in every layer of a step."""
+        if len(self._rows_now) != count:
+            self._rows_now = self.row_T[:count]
+        return self._rows_now
 
     def raw(self, logits_NW: Tensor, layer_id: int) -> Tensor:
         """The logits of the same tokens before steering, in the shape and dtype given."""
@@ -188,7 +200,7 @@ class Tables:
         weights_NK, experts_NK = weights_NK.clone(), experts_NK.clone()
         force = self.force[at]
         if force is not None:
-            force_NE = force.index_select(0, self.row_T[:count])
+            force_NE = force.index_select(0, self._rows(count))
             if (how := self.selecting.get(layer_id)) is not None:
                 weights, experts = select(
                     logits_NE[:, : self.experts], how.scoring, correction_E=how.correction_E, scale_E=how.scale_E,
