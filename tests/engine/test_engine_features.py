@@ -155,7 +155,7 @@ def test_parallel_samples_have_the_mask_of_their_request(prepared: Prepared, mos
                 ]  # fmt: skip
                 given: Any = [{"prompt_token_ids": prompts[i]} for i in places]
                 found = model.engine.generate(given, wanted, use_tqdm=False)
-            return [[model._generation(one).token_ids for one in output.outputs] for output in found]
+            return [[model.as_generation(list(one.token_ids)).token_ids for one in output.outputs] for output in found]
 
         together = samples([0, 1, 2, 3, 4])
         assert together == [samples([i])[0] for i in range(5)]
