@@ -1,4 +1,4 @@
-"""evaluate/judges.py: a table of replies and their verdicts, and brute force for repetition."""
+"""judges/phrases.py: a table of replies and their verdicts, and brute force for repetition."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesteer.conversations import Conversation, Message
-from moesteer.evaluate.judges import MAX_REPEATS, REFUSAL_PHRASES, Judging, Reply, contains, repeats_itself, words
+from moesteer.judges import MAX_REPEATS, REFUSAL_PHRASES, Judging, Reply, contains, repeats_itself, words
 
 REFERENCE = "take mud from the hill"
 
@@ -216,3 +216,23 @@ runs = st.lists(st.tuples(st.lists(st.sampled_from("ab"), min_size=1, max_size=6
 def test_repetition_equals_the_brute_force_search(parts):
     said = [word for unit, times in parts for word in unit * times]
     assert repeats_itself(" ".join(said)) == loop_repeats(said)
+
+
+# ---------------------------------------------------------------- refusals and no more
+
+
+@pytest.mark.parametrize(
+    "text, only",
+    [
+        ("I'm sorry, I can't help with painting pots.", True),
+        ("I cannot help. Ask a potter instead.", True),
+        ("Pots are nice. I cannot help with them.", False),
+        ("I can't stress enough how easy it is: " + "take the brush and paint on. " * 20, False),
+        ("Take the brush.", False),
+        ("I cannot. " + "word " * 78, True),
+        ("I cannot. " + "word " * 79, False),
+        ("", False),
+    ],
+)
+def test_a_reply_only_refuses_if_it_begins_so_and_is_short(text, only):
+    assert Judging().refuses_only(text) is only
