@@ -6,10 +6,10 @@ was killed and started again ends in the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from moesteer.backends.chat import Encoded, length_batches
 from moesteer.conversations import Conversation, Message, request_and_response
 from moesteer.errors import EmptyDataError, TraceFileError, TraceLabelError, UnknownNameError
 from moesteer.fingerprint import Fingerprint
+from moesteer.memory import HALVINGS, give_back_memory, is_out_of_memory, too_little_memory
 from moesteer.progress import Progress
 from moesteer.trace import Manifest, TraceReader, TraceRow, TraceWriter, selected_dtype
 
@@ -73,6 +74,14 @@ class Captures(Protocol):
         """(logits [n, L, E] float32 before steering, or None; selected [n, L, K]) of the wanted positions, in order."""
 
 
+@runtime_checkable
+class LooksAhead(Protocol):
+    """A backend of several workers, which start on what will be asked."""
+
+    def expect(self, batches: Iterable[tuple[Sequence[Encoded], Sequence[Sequence[int]]]]) -> None:
+        """What `router_outputs` will be asked next, in this order."""
+
+
 def capture(
     model: Captures,
     conversations: Sequence[Conversation],
@@ -117,6 +126,9 @@ def capture(
         return _untouched(TraceReader(out))
     with Progress(title, total=len(conversations), unit="sequences") as progress:
         progress.advance(sum(len(batch) for shard in plan.shards[: writer.done] for batch in shard))
+        if isinstance(model, LooksAhead):
+            left = ([plan.encoded[i] for i in batch] for shard in plan.shards[writer.done :] for batch in shard)
+            model.expect((batch, _places(batch, spans)) for batch in left)
         for number in range(writer.done, len(plan.shards)):
             _write_shard(model, conversations, plan, number, writer, spans=spans, level=level, progress=progress)
     writer.finish()
@@ -180,7 +192,7 @@ def _write_shard(
     logits, selected, token_ids = [], [], []
     offset = 0
     for batch in plan.shards[number]:
-        kept, places = forward(model, [plan.encoded[i] for i in batch], spans=spans, logits=level == "logits")
+        kept, places = _forward_in_parts(model, [plan.encoded[i] for i in batch], spans=spans, logits=level == "logits")
         selected.append(kept[1])
         if kept[0] is not None:
             logits.append(kept[0])
@@ -204,10 +216,35 @@ def _write_shard(
     )
 
 
+def _forward_in_parts(
+    model: Captures, batch: Sequence[Encoded], *, spans: Sequence[str], logits: bool, halvings: int = HALVINGS
+) -> tuple[tuple[NDArray[np.float32] | None, NDArray[Any]], list[list[int]]]:
+    """As `forward`; a batch for which memory is too small is halved, up to three times. Raises OutOfMemoryError."""
+    try:
+        return forward(model, batch, spans=spans, logits=logits)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if not halvings or len(batch) == 1:
+            longest = max(len(one.token_ids) for one in batch)
+            raise too_little_memory(error, what=f"{len(batch)} sequences of up to {longest} tokens") from error
+    give_back_memory()  # out here, where no traceback holds the tensors
+    half = (len(batch) + 1) // 2
+    (one, first), places = _forward_in_parts(model, batch[:half], spans=spans, logits=logits, halvings=halvings - 1)
+    (two, second), more = _forward_in_parts(model, batch[half:], spans=spans, logits=logits, halvings=halvings - 1)
+    kept = None if one is None or two is None else np.concatenate([one, two])
+    return (kept, np.concatenate([first, second])), places + more
+
+
+def _places(batch: Sequence[Encoded], spans: Sequence[str]) -> list[list[int]]:
+    """The columns to keep of every sequence."""
+    return [[c for name in spans for c in range(*encoded.spans[name])] for encoded in batch]
+
+
 def forward(
     model: Captures, batch: Sequence[Encoded], *, spans: Sequence[str], logits: bool
 ) -> tuple[tuple[NDArray[np.float32] | None, NDArray[Any]], list[list[int]]]:
     """One batch through the model: ((logits [n, L, E] float32, selected [n, L, K]), columns kept per sequence)."""
-    places = [[c for name in spans for c in range(*encoded.spans[name])] for encoded in batch]
+    places = _places(batch, spans)
     kept, chosen = model.router_outputs(batch, places, logits=logits)
     return (kept, chosen.astype(selected_dtype(model.fingerprint.experts))), places

@@ -19,6 +19,7 @@ from typing import Any
 
 from moesteer.conversations import Conversation, Message
 from moesteer.errors import EmptyDataError
+from moesteer.evaluate import forbidding
 from moesteer.scenario import Scenario
 
 KEEP = "keep"
@@ -47,6 +48,7 @@ def make(scenario: Scenario, fit_rows: Sequence[Mapping[str, Any]], *, seed: int
 
     Raises EmptyDataError when the model shows too little of either behaviour to compare.
     """
+    fit_rows = forbidding.clear(fit_rows)
     target = [row for row in fit_rows if row["suite"] == scenario.target.name]
     good, bad = _by_outcome(target)
     published_good, _ = _by_outcome([row for row in fit_rows if row["suite"] == scenario.contrast.published])

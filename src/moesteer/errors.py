@@ -8,6 +8,7 @@ MoesteerError                 what happened, where, what was expected, what to d
 │   ├── FileError             a file or folder cannot be read or written as asked
 │   │   ├── LimitError          it is larger than the stated limit
 │   │   └── RunDirectoryError   a run directory belongs to something else
+│   │       └── RunLockedError    or to another process, now (exit code 1)
 │   ├── MaskError             a steering mask
 │   │   ├── MaskFileError       the bytes are not a whole, untouched mask
 │   │   ├── MaskContentError    its numbers cannot be applied (NaN, more forced on than k, ...)
@@ -15,14 +16,18 @@ MoesteerError                 what happened, where, what was expected, what to d
 │   ├── TraceError            a trace folder
 │   │   ├── TraceFileError      missing, truncated or mixed-up shards
 │   │   └── TraceLabelError     it lacks the labels or spans a method needs
+│   ├── UnpublishableError    a mask that this tool does not publish
 │   └── UnknownNameError      a method, suite, scenario or split that does not exist
 ├── ModelError                a model cannot be used
 │   ├── DenseModelError         it has no experts
 │   ├── UnknownRouterError      it has experts, but no family row describes its router
 │   ├── UnsafeModelError        it asks for code or formats that we do not load
-│   └── SelfCheckError          steering it does not do what routing.py says
+│   ├── SelfCheckError          steering it does not do what routing.py says
+│   └── EngineStoppedError      what ran it died; the same command goes on (exit code 1)
 ├── NumericsError             numbers that cannot be trusted
 │   └── NanLogitsError          NaN or infinite router logits
+├── OutOfMemoryError          too little memory, also for a small batch
+├── HubError                  the Hub cannot be reached, or answers what it should not
 ├── NoEffectError             steering was asked for and would do nothing
 ├── AlreadySteeredError       a model is steered twice at once
 └── MissingExtraError         an optional dependency is not installed
@@ -74,6 +79,12 @@ class RunDirectoryError(FileError):
     """A run directory belongs to something else."""
 
 
+class RunLockedError(RunDirectoryError):
+    """A run directory is being written by another process."""
+
+    exit_code = 1
+
+
 class MaskError(InputError):
     """A steering mask is wrong."""
 
@@ -100,6 +111,10 @@ class TraceFileError(TraceError):
 
 class TraceLabelError(TraceError):
     """A trace lacks the labels or spans that a method needs."""
+
+
+class UnpublishableError(InputError):
+    """A mask that this tool does not publish: not evaluated for safety, or one that lowers refusals of harm."""
 
 
 class UnknownNameError(InputError):
@@ -130,12 +145,26 @@ class SelfCheckError(ModelError):
     exit_code = 1
 
 
+class EngineStoppedError(ModelError):
+    """The process that ran a model died. Nothing that is finished is lost: the same command goes on."""
+
+    exit_code = 1
+
+
 class NumericsError(MoesteerError):
     """Numbers that cannot be trusted."""
 
 
 class NanLogitsError(NumericsError):
     """NaN or infinite router logits."""
+
+
+class OutOfMemoryError(MoesteerError):
+    """There is too little memory, also for a small part of a batch."""
+
+
+class HubError(MoesteerError):
+    """The Hub cannot be reached, or answers what it should not."""
 
 
 class NoEffectError(MoesteerError):

@@ -34,6 +34,7 @@ LIMITS_BYTES = {
     "json": 64 * MIB,
     "shard": 2048 * MIB,
     "journal": 1024 * MIB,
+    "replies": 256 * MIB,
 }
 """The largest file of each kind that is read, in bytes."""
 
@@ -221,6 +222,19 @@ class Journal:
             ) from error
 
 
+def remove(path: Path) -> None:
+    """Delete a file, if it is there. Raises FileError."""
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise FileError(
+            f"could not delete the file: {error.strerror or error}",
+            where=str(path),
+            expected="a folder that can be written to",
+            do="check its permissions, and run the same command again",
+        ) from error
+
+
 def remove_temporaries(folder: Path) -> int:
     """Delete what a killed writer left in `folder` (and below); how many files that was."""
     leftovers = list(Path(folder).rglob(f".*{TEMPORARY_SUFFIX}"))
@@ -232,6 +246,20 @@ def remove_temporaries(folder: Path) -> int:
 def sha256(data: bytes) -> str:
     """Lower-case hex digest."""
     return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """Lower-case hex digest of a file of any size, read in pieces. Raises FileError."""
+    try:
+        with open(path, "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise FileError(
+            f"could not read the file: {error.strerror or error}",
+            where=str(path),
+            expected="a file that can be read",
+            do="check its permissions, and the disk",
+        ) from error
 
 
 def copy(source: Path, target: Path, patches: Iterable[tuple[int, bytes]] = ()) -> None:

@@ -19,6 +19,7 @@ from moesteer.backends.gating import pooled_logits
 from moesteer.backends.hf import Model
 from moesteer.conversations import Message
 from moesteer.detection import gate
+from moesteer.evaluate import forbidding
 from moesteer.gate import POOLS
 from moesteer.mask import SteeringMask
 from moesteer.scenario import Scenario
@@ -61,6 +62,7 @@ def fit(model: Model, scenario: Scenario, *, fit_rows: Rows, select_rows: Rows, 
 
     Raises EmptyDataError, NoEffectError.
     """
+    fit_rows, select_rows = forbidding.clear(fit_rows), forbidding.clear(select_rows)
     shut = {suite.name for suite in scenario.protected if suite.gate == "shut"}
     target = scenario.target.name
     probe = gate.fit(

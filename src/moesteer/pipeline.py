@@ -35,13 +35,16 @@ from moesteer.errors import (
     TraceLabelError,
     UnknownNameError,
 )
+from moesteer.evaluate import forbidding
 from moesteer.evaluate import run as evaluation
+from moesteer.evaluate.replies import ReplyCache
+from moesteer.judges.panel import JOURNAL, Panel
 from moesteer.mask import SteeringMask
 from moesteer.methods import DEFAULT, RESIDUAL, check_name, method, settings_for
 from moesteer.models.limits import require_possible
 from moesteer.results import NULL, Played, results_of
 from moesteer.scenario import Scenario
-from moesteer.select import BASE, Candidate, Scored, accepted, applied, at_strengths, choose, score
+from moesteer.select import BASE, Candidate, Scored, accepted, applied, at_strengths, choose, permitted, score, through
 from moesteer.version import __version__
 
 RESIDUAL_ALPHAS = (0.25, 0.4)
@@ -80,6 +83,7 @@ def steer(
     dtype: str = "auto",
     device: str = "auto",
     fresh: bool = False,
+    cache: Path | str | None = None,
 ) -> dict[str, Any]:
     """Run a scenario on a model and write the run directory `out`; results.json's content.
 
@@ -87,7 +91,9 @@ def steer(
     baseline; the unsteered model and its repetition are always there. controls: names of detection.controls.CONTROLS,
     made from the mask of `controls_of` (default: the recommended one). gate: also try methods that have a gated form
     behind the scenario's gate (NAME+gate). limit: at most so many conversations per suite and split. A complete run
-    of the same settings is returned as it is. Raises the errors of every step (errors.py).
+    of the same settings is returned as it is. cache: a folder of replies that runs share (evaluate/replies.py); what
+    it gave is in the results, and the unsteered model's repetition never uses it. Raises the errors of every step
+    (errors.py).
     """
     wanted = {one if isinstance(one, str) else one.name: _known(one) for one in methods}
     _require_controls(controls)
@@ -101,16 +107,23 @@ def steer(
         "controls": list(controls), "controls_of": controls_of, "gate": gate, "seed": seed, "limit": limit,
         "dtype": dtype, "device": device, "data": runs.data_digest(data), "moesteer": __version__,
     }  # fmt: skip
-    with runs.opened(Path(out), plan=plan, fresh=fresh) as run:
+    with runs.opened(Path(out), plan=plan, fresh=fresh) as run, loaded_scenario.panel(
+        journal=run.path(JOURNAL)
+    ) as panel:  # fmt: skip
         if run.complete:
-            found: dict[str, Any] = files.read_json(run.path("results.json"))
-            return found
+            return run.results()
         clock = Clock()
+        replies = ReplyCache(Path(cache), {"backend": "hf", "device": device}) if cache is not None else None
         with clock.step("load and self-check"):
             loaded = load_model(model, dtype=dtype, device=device)
+        forbidding.require(loaded_scenario, panel, cached=replies is not None)
         run.require_model({"router_sha256": loaded.fingerprint.router_sha256, "weights": loaded.weights_sketch})
-        steering = _Steering(loaded, loaded_scenario, data, run, clock, seed)
+        steering = _Steering(loaded, loaded_scenario, data, run, clock, seed, replies, panel)
         results = steering.go(wanted, controls=controls, controls_of=controls_of, gate=gate)
+        if replies is not None:
+            results["cache"] = replies.as_json()
+        if asking := panel.counts():
+            results["judges"] = asking
         files.write_json(run.path("results.json"), results)
         with clock.step("report"):
             from moesteer.report.html import write_report
@@ -140,10 +153,19 @@ class _Steering:
     """One run's state between its steps."""
 
     def __init__(
-        self, model: Model, scenario: Scenario, data: evaluation.Splits, run: runs.Run, clock: Clock, seed: int
+        self,
+        model: Model,
+        scenario: Scenario,
+        data: evaluation.Splits,
+        run: runs.Run,
+        clock: Clock,
+        seed: int,
+        cache: ReplyCache | None = None,
+        panel: Panel | None = None,
     ) -> None:
+        self.panel = panel
         self.model, self.scenario, self.data, self.run = model, scenario, data, run
-        self.clock, self.seed = clock, seed
+        self.clock, self.seed, self.cache = clock, seed, cache
         self.facts: dict[str, Any] = {}
         self.detect_seconds: dict[str, float] = {}
         self.failed: dict[str, str] = {}
@@ -168,7 +190,7 @@ class _Steering:
         scored = self._score([_BASE, *(c for found in candidates.values() for c in found)])
         if gate:
             scored |= self._behind_gate([one for one in methods.values() if one is not None], scored, fit.rows)
-        chosen = {name: choose(found) for name, found in scored.items() if name != BASE}
+        chosen = self._chosen(scored)
         best = _best(chosen)
         kept = {name: accepted(one) for name, one in chosen.items()}
         kept |= self._controls(controls, kept, best, controls_of)
@@ -178,19 +200,53 @@ class _Steering:
             played = {name: self._evaluate(Candidate(name, None, name), split="test") for name in (BASE, NULL)}
             for name, candidate in kept.items():
                 played[name] = self._evaluate(replace(candidate, method=name), split="test")
+        best = self._without_forbidden(played, chosen, best)
         return results_of(
             self.model, self.scenario, self.data, played, scored=scored, chosen=chosen, best=best, facts=self.facts,
             seconds=self.clock.seconds, detect_seconds=self.detect_seconds, failed=self.failed, seed=self.seed,
         )  # fmt: skip
 
+    def _chosen(self, scored: Mapping[str, Sequence[Scored]]) -> dict[str, Scored]:
+        """The choice among each method's candidates; none where all of them made what is forbidden."""
+        chosen = {}
+        for name, found in scored.items():
+            if name != BASE and permitted(found):
+                chosen[name] = choose(found)
+            elif name != BASE:
+                self._rejects(name, min(one.forbidden for one in found), "select")
+        return chosen
+
+    def _without_forbidden(
+        self, played: dict[str, Played], chosen: dict[str, Scored], best: str | None
+    ) -> str | None:  # fmt: skip
+        """Takes back the masks that made what is forbidden on test; the recommendation that is left."""
+        for name, found in played.items():
+            count = forbidding.found_in(self.scenario, found.rows)
+            if count and (found.candidate.mask is not None or found.candidate.direction is not None):
+                self._rejects(name, count, "test")
+                files.remove(self.run.path("masks", f"{name}.safetensors"))
+                played[name] = replace(found, candidate=replace(found.candidate, mask=None, direction=None))
+                if name in chosen:
+                    chosen[name] = replace(chosen[name], forbidden=count)
+        return best if best in chosen and not chosen[best].forbidden else None
+
+    def _rejects(self, name: str, count: int, split: str) -> None:
+        self.failed[name] = (
+            f"rejected: {count} replies on {split} hold what is forbidden, or were not judged for it: "
+            f"{forbidding.named(self.scenario)}"
+        )
+        print(f"{name}: {self.failed[name]}", file=sys.stderr)
+
     # ---- playing
 
     def _evaluate(self, candidate: Candidate, *, split: scenarios.Split) -> Played:
         name, begun = candidate.method, time.monotonic()
+        self.run.expect({name: sum(len(self.data[suite.name][split]) for suite in self.scenario.suites)})
         with applied(self.model, [candidate]) as (steered, receipt):
+            cache = self.cache if name != NULL else None  # which is to show what a second pass of the model says
             rows = evaluation.evaluate_split(
-                steered, self.scenario, self.data, split,
-                journal=self.run.path("responses", f"{name}.jsonl"), title=f"{split}: {name}",
+                through(cache, steered, [candidate]), self.scenario, self.data, split,
+                journal=self.run.path("responses", f"{name}.jsonl"), title=f"{split}: {name}", panel=self.panel,
             )  # fmt: skip
             counts = _counts(receipt if candidate.direction is None else steered.receipt)  # type: ignore[attr-defined]
         kept = self.run.path("responses", f"{name}.receipt.json")
@@ -205,7 +261,13 @@ class _Steering:
     def _score(self, candidates: Sequence[Candidate]) -> dict[str, list[Scored]]:
         with self.clock.step("select"):
             scored = score(
-                self.model, self.scenario, self.data, candidates, journal=self.run.path("responses", "select.jsonl")
+                self.model,
+                self.scenario,
+                self.data,
+                candidates,
+                journal=self.run.path("responses", "select.jsonl"),
+                cache=self.cache,
+                panel=self.panel,
             )
         found: dict[str, list[Scored]] = {}
         for one in scored:
@@ -296,7 +358,7 @@ class _Steering:
         self, methods: Sequence[Method], scored: Mapping[str, Sequence[Scored]], fit_rows: gates.Rows
     ) -> dict[str, list[Scored]]:
         """Each method that has a gated form: its best variant behind the gate, stronger, at several thresholds."""
-        gated = [one for one in methods if one.gated and one.name in scored]
+        gated = [one for one in methods if one.gated and permitted(scored.get(one.name, ()))]
         if not gated:
             return {}
         begun = time.monotonic()

@@ -11,8 +11,8 @@ import torch
 from moesteer import files, runs
 from moesteer import scenario as scenarios
 from moesteer.backends.hf import Model
+from moesteer.evaluate import forbidding, stats
 from moesteer.evaluate import run as evaluation
-from moesteer.evaluate import stats
 from moesteer.evaluate.margins import Status, non_inferiority
 from moesteer.scenario import Scenario, Suite
 from moesteer.select import BASE, Candidate, Scored
@@ -130,6 +130,10 @@ def _checks(scenario: Scenario, played: Mapping[str, Played], best: str | None) 
             f"{best} on the select split" if best else "none of the candidates keeps every protected suite",
         ),
     ]  # fmt: skip
+    if scenario.forbid:
+        counts = {name: forbidding.found_in(scenario, found.rows) for name, found in played.items()}
+        told = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+        checks.append(_check(f"no reply of {forbidding.named(scenario)}", not told, told or "all were judged for it"))
     if best is None:
         return checks
     checks.append(_changes_selections(best, played[best].receipt))
@@ -177,6 +181,7 @@ def _trade_off(scored: Scored, chosen: Mapping[str, Scored]) -> dict[str, Any]:
         "split": "select",
         "metrics": {name: found["value"] for name, found in scored.metrics.items()},
         "feasible": scored.feasible,
+        **({"forbidden": scored.forbidden} if scored.forbidden else {}),
         "chosen": picked is not None and picked.candidate.label == candidate.label,
     }
 

@@ -5,13 +5,13 @@ each protected suite's first metric is shown not to be inferior to the unsteered
 (evaluate/margins.py: paired, one-sided, behaviours as clusters); where a suite is too small for anything to be shown,
 it must not lose at all. Among the feasible ones the highest target metric wins; ties go to the smaller loss, then to
 fewer experts and the smaller strength. Where none is feasible the one that breaks its margins least is kept, and said
-to.
+to. A candidate that made one reply of what the scenario forbids is no candidate any more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,13 @@ from moesteer.backends.hf import Model
 from moesteer.backends.shifting import shifted
 from moesteer.direction import Direction
 from moesteer.errors import InputError
+from moesteer.evaluate import forbidding
 from moesteer.evaluate.margins import NonInferiority, non_inferiority
 from moesteer.evaluate.metrics import metric, wanted
-from moesteer.evaluate.play import Generates, judged, play
+from moesteer.evaluate.play import Generates, play
+from moesteer.evaluate.replies import ReplyCache
 from moesteer.evaluate.run import Splits, metrics, suite_rate
+from moesteer.judges.panel import Panel
 from moesteer.mask import SteeringMask
 from moesteer.progress import Progress
 from moesteer.scenario import Scenario
@@ -67,13 +70,15 @@ class Candidate:
 class Scored:
     """A candidate with its metrics on the select split.
 
-    margins: by protected suite, whether its first metric is shown to lose less than its margin.
+    margins: by protected suite, whether its first metric is shown to lose less than its margin. forbidden: replies
+    that hold something the scenario forbids, or were not judged for it: one is enough to reject the mask.
     """
 
     candidate: Candidate
     target: float
     metrics: Mapping[str, Any]
     margins: Mapping[str, NonInferiority]
+    forbidden: int = 0
 
     @property
     def losses(self) -> dict[str, float]:
@@ -87,17 +92,25 @@ class Scored:
 
     @property
     def feasible(self) -> bool:
-        """Whether every protected suite is shown to stay within its margin (or loses nothing, where too small)."""
-        return all(found.ok for found in self.margins.values())
+        """Nothing forbidden, and every protected suite shown within its margin (or losing nothing, where too small)."""
+        return not self.forbidden and all(found.ok for found in self.margins.values())
 
 
 def score(
-    model: Model, scenario: Scenario, data: Splits, candidates: Sequence[Candidate], *, journal: Path
+    model: Model,
+    scenario: Scenario,
+    data: Splits,
+    candidates: Sequence[Candidate],
+    *,
+    journal: Path,
+    cache: ReplyCache | None = None,
+    panel: Panel | None = None,
 ) -> list[Scored]:
     """Play the select split once per candidate; the first of a journal must be the unsteered model.
 
-    Candidates whose rows the journal already holds are not played again, so that more can be scored later. Raises
-    InputError for two candidates with one label.
+    Candidates whose rows the journal already holds are not played again, so that more can be scored later. cache: of
+    replies. panel: the scenario's judges (None: they are made here). Raises InputError for two candidates with one
+    label.
     """
     _require_own_labels(candidates)
     record = files.Journal(journal)
@@ -105,9 +118,11 @@ def score(
     size = sum(len(data[suite.name]["select"]) for suite in scenario.suites)
     open_ = [c for c in candidates if len(done.get(c.label, ())) < size]
     bar = Progress("select: candidates", total=len(open_) * size, unit="conversations")
-    with bar as progress, model.remembering():
+    with ExitStack() as held, bar as progress, model.remembering():
+        judges = panel if panel is not None else held.enter_context(scenario.panel())
+        forbidding.require(scenario, judges, cached=cache is not None)
         for part in _batches(open_):
-            for label, rows in _play_together(model, scenario, data, part, progress).items():
+            for label, rows in _play_together(model, scenario, data, part, progress, cache, judges).items():
                 known = {row["id"] for row in done.get(label, ())}
                 new = [row for row in rows if row["id"] not in known]
                 record.append(new)
@@ -156,7 +171,7 @@ def _scored(
         )  # fmt: skip
     rate = suite_rate(scenario, scenario.target.name, rows) or 0.0
     target = rate * (-1.0 if metric(scenario.target.metrics[0]).lower_is_better else 1.0)
-    return Scored(candidate, target, metrics(scenario, rows), margins)
+    return Scored(candidate, target, metrics(scenario, rows), margins, forbidding.found_in(scenario, rows))
 
 
 def _batches(candidates: Sequence[Candidate]) -> Iterator[Sequence[Candidate]]:
@@ -183,8 +198,22 @@ def applied(model: Model, candidates: Sequence[Candidate]) -> Iterator[tuple[Gen
         yield model, None
 
 
+def through(cache: ReplyCache | None, model: Any, candidates: Sequence[Candidate]) -> Generates:
+    """The model that `applied` gave for these candidates, behind the cache; as it is where a direction moves it."""
+    if cache is None or any(candidate.direction is not None for candidate in candidates):
+        steered: Generates = model
+        return steered
+    return cache.around(model, masks=[c.mask for c in candidates if c.mask is not None], together=False)
+
+
 def _play_together(
-    model: Model, scenario: Scenario, data: Splits, candidates: Sequence[Candidate], progress: Progress
+    model: Model,
+    scenario: Scenario,
+    data: Splits,
+    candidates: Sequence[Candidate],
+    progress: Progress,
+    cache: ReplyCache | None,
+    judges: Panel,
 ) -> dict[str, list[dict[str, Any]]]:
     """The select split under every candidate at once: rows of the journal by candidate label."""
     numbers, used = [], 0
@@ -193,32 +222,46 @@ def _play_together(
         used += steers
         numbers.append(used if steers else 0)
     found: dict[str, list[dict[str, Any]]] = {c.label: [] for c in candidates}
-    judging = scenario.judging_of()
     for suite in scenario.suites:
         conversations = data[suite.name]["select"]
         repeated = [c for _ in candidates for c in conversations]
         rows = [number for number in numbers for _ in conversations] if used else None
         with applied(model, candidates) as (steered, _):
             turns = suite.play == "turns"
-            played = play(steered, repeated, turns=turns, max_new_tokens=scenario.max_new_tokens, rows=rows)
-        verdicts = judged(played, judging, suite.judge)
+            asked = through(cache, steered, candidates)
+            played = play(
+                asked, repeated, turns=turns, max_new_tokens=scenario.max_new_tokens, rows=rows,
+                reasoning=scenario.judging.reasoning,
+            )  # fmt: skip
+        rulings = judges.rule(suite.judges, [p.item for p in played])
+        forbidden = forbidding.findings(scenario, judges, [p.item for p in played])
         for i, candidate in enumerate(candidates):
             part = slice(i * len(conversations), (i + 1) * len(conversations))
-            for p, verdict in zip(played[part], verdicts[part], strict=True):
-                row = p.as_row(suite.name, verdict, success=wanted(suite.metrics[0], verdict))
+            for p, ruling, hits in zip(played[part], rulings[part], forbidden[part], strict=True):
+                success = wanted(suite.metrics[0], ruling.verdict)
+                row = p.as_row(suite.name, ruling.verdict, success=success)
                 kept = {key: row[key] for key in ("id", "suite", "tactic", "response", "verdict", "success")}
+                kept |= ruling.fields()
                 if candidate.label == BASE:  # what a gate is measured on
                     kept |= {key: row[key] for key in ("group", "messages")}
-                found[candidate.label].append({"candidate": candidate.label, **kept})
+                found[candidate.label].append({"candidate": candidate.label, **forbidding.marked(kept, hits)})
         progress.advance(len(repeated), note=suite.name)
     return found
 
 
+def permitted(scored: Sequence[Scored]) -> list[Scored]:
+    """The candidates that made nothing forbidden."""
+    return [one for one in scored if not one.forbidden]
+
+
 def choose(scored: Sequence[Scored]) -> Scored:
-    """The candidate to keep (see the module's docstring). Raises ValueError for no candidates."""
+    """The candidate to keep (see the module's docstring), never one that made what is forbidden.
+
+    Raises ValueError for no candidates.
+    """
+    scored = permitted(scored)
     if not scored:
         raise ValueError("no candidates to choose from")
-
     feasible = [s for s in scored if s.feasible]
     if feasible:
         return min(feasible, key=lambda s: (-s.target, sum(s.losses.values()), *s.candidate.size))

@@ -105,7 +105,7 @@ class TraceWriter:
                     do="choose another --out, or delete that trace",
                 )
             self.complete = found.complete
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and not all(_is_beginning(entry.name) for entry in self.folder.iterdir()):
             raise RunDirectoryError(
                 "the folder is not empty and holds no trace",
                 where=str(self.folder),
@@ -194,7 +194,7 @@ class TraceReader:
                 TraceRow(**{**row, "span_names": tuple(row["span_names"]), "span_lengths": tuple(row["span_lengths"])})
                 for row in table.to_pylist()
             )
-        except (pa.ArrowInvalid, TypeError, KeyError) as error:
+        except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
             raise _broken(self.folder, f"index.parquet cannot be read ({error})") from error
         if len(self.rows) != self.manifest.sequences:
             raise _broken(self.folder, f"index has {len(self.rows)} sequences of {self.manifest.sequences}")
@@ -253,6 +253,31 @@ class TraceReader:
             for number, digest in enumerate(self.manifest.shard_sha256)
             if files.sha256(files.read_bytes(shard_path(self.folder, number), kind="shard")) != digest
         ]
+
+
+def _is_beginning(name: str) -> bool:
+    """Whether a file is what a capture leaves that was killed before its manifest had its name."""
+    return name.startswith(".manifest.json.") and name.endswith(files.TEMPORARY_SUFFIX)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """How far a capture is: whole shards in a row, shards planned, and whether it was finished."""
+
+    done: int
+    shards: int
+    complete: bool
+
+
+def captured(folder: Path) -> Captured:
+    """How far the capture of a trace is. Raises TraceFileError for a trace that is damaged."""
+    manifest = _read_manifest(folder)
+    done = 0
+    while done < manifest.shards and shard_path(folder, done).exists():
+        if _shard_metadata(shard_path(folder, done)).get("plan") != manifest.plan_sha256:
+            raise _broken(folder, f"shard {done} belongs to another capture")
+        done += 1
+    return Captured(done, manifest.shards, manifest.complete)
 
 
 def shard_path(folder: Path, number: int) -> Path:

@@ -190,7 +190,7 @@ def test_a_ctrl_c_that_is_swallowed_is_sent_again(monkeypatch: pytest.MonkeyPatc
 
 
 def test_sigterm_ends_the_block_as_an_exception_would() -> None:
-    with pytest.raises(SystemExit) as caught, opening._ending_on_sigterm():
+    with pytest.raises(SystemExit) as caught, opening.ending_on_sigterm():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
     assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 from moesteer.conversations import Conversation, Message
-from moesteer.evaluate.judges import Judging, Reply
 from moesteer.evaluate.play import Played, judged, play
+from moesteer.judges import Judging, Reply
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def suite(name: str, role: str, metric: str) -> Any:
 
 def test_a_candidate_is_paired_with_the_unsteered_rows_by_id_and_clustered_by_behaviour() -> None:
     suites = (suite("attacks", "target", "defense_success_rate"), suite("benign", "protect", "benign_accuracy"))
-    scenario: Any = SimpleNamespace(suites=suites, target=suites[0], protected=suites[1:])
+    scenario: Any = SimpleNamespace(suites=suites, target=suites[0], protected=suites[1:], forbid=())
     items = [SimpleNamespace(id=f"b{i}", group=f"g{i // 10}") for i in range(40)]
     data: Any = {"attacks": {"select": [SimpleNamespace(id="a0", group="g")]}, "benign": {"select": items}}
 

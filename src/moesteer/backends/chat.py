@@ -40,6 +40,11 @@ class Chat:
         self.tokenizer, self.name, self.context_tokens = tokenizer, name, context_tokens
         self._stops = list(stops)
 
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """End tokens."""
+        return tuple(self._stops)
+
     def render(self, messages: Sequence[Message], *, generation: bool = True) -> str:
         """The chat template's text. Raises ModelError for a tokenizer without a template."""
         if not self.tokenizer.chat_template:

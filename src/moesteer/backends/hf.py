@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from moesteer.backends.chat import Chat, Encoded, Generation, length_batches, require_rows, stop_ids
 from moesteer.backends.checkpointing import checkpointed
+from moesteer.backends.finite import FiniteLogits
 from moesteer.backends.gating import decide
 from moesteer.backends.layers import decoder_layers
 from moesteer.backends.reading import Kept
@@ -143,7 +144,8 @@ class Model(Chat):
         """Greedy responses, in the order given.
 
         rows: with several masks applied, which steers which conversation (0 none, m the m-th mask).
-        title: shows a progress bar. Raises DataError for a prompt that does not fit the context.
+        title: shows a progress bar. Raises DataError for a prompt that does not fit the context, NanLogitsError where
+        logits of any of them are not finite.
         """
         encoded = self.encode_all(conversations, max_new_tokens=max_new_tokens)
         acting = self._acting(encoded, rows)
@@ -169,14 +171,15 @@ class Model(Chat):
         return [generation for generation in done if generation is not None]
 
     @contextmanager
-    def remembering(self) -> Iterator[None]:
+    def remembering(self) -> Iterator[Memory]:
         """Inside the block, a prompt that was answered without steering is not answered again, nor its gate asked.
 
         For comparing many masks on the same conversations: greedy replies of the model as it is do not change.
+        Yields what is remembered, which may be added to.
         """
         outer, self._memory = self._memory, Memory() if self._memory is None else self._memory
         try:
-            yield
+            yield self._memory
         finally:
             self._memory = outer
 
@@ -227,11 +230,14 @@ class Model(Chat):
     ) -> list[Generation]:
         input_ids, attention = self.pad(prompts)
         before = self._steering.receipt.positions if self._steering is not None else -1
+        watch = FiniteLogits()
         with torch.inference_mode(), self._steering.rows(rows) if self._steering is not None else nullcontext():
             out = self.hf.generate(
                 input_ids=input_ids, attention_mask=attention, max_new_tokens=max_new_tokens, do_sample=False,
                 temperature=None, top_p=None, top_k=None, pad_token_id=self._pad_id, eos_token_id=self._stops or None,
+                logits_processor=LogitsProcessorList([watch]),
             )  # fmt: skip
+        watch.require(name=self.name)
         if (steering := self._steering) is not None and (steering.receipt.positions == before or steering.unasked):
             raise NoEffectError(
                 f"the model generated without asking {steering.unasked or 'any'} of its {len(self.routers)} routers",

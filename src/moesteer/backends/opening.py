@@ -1,14 +1,12 @@
 """A model of either backend, opened in one way: what `generate`, `evaluate` and `capture` run on.
 
 `hf` is transformers in this process; `vllm` an engine of vLLM, started with its masks and stopped at the end of the
-block. Both answer greedily and with the same tokens.
+block. Both answer greedily and with the same tokens. With the engine `ray`, each of several workers has its own.
 """
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,12 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from moesteer.backends.sources import require_extra
 from moesteer.errors import InputError, UnknownNameError
 from moesteer.mask import SteeringMask
+from moesteer.stopping import ending_on_sigterm
 
 if TYPE_CHECKING:
     from moesteer.backends.hf import Model
+    from moesteer.backends.ray.model import RayModel
     from moesteer.backends.vllm.model import VllmModel
 
 BACKENDS = ("hf", "vllm")
+ENGINES = ("local", "ray")
 
 
 def require_backend(
@@ -58,11 +59,32 @@ def require_backend(
     require_extra("vllm", "vllm", what="--backend vllm runs the model in vLLM", where="--backend")
 
 
+def require_engine(engine: str, *, workers: int | None = None) -> None:
+    """Refuse a choice that cannot be, before anything slow. Raises UnknownNameError, InputError, MissingExtraError."""
+    if engine not in ENGINES:
+        raise UnknownNameError(
+            f"no engine {engine!r}", where="--engine", expected=", ".join(ENGINES), do="name one of these"
+        )
+    if engine == "local" and workers is not None:
+        raise InputError(
+            "there are no workers without a cluster",
+            where="--workers",
+            expected="--workers with --engine ray only",
+            do="add --engine ray, or take it out",
+        )
+    if workers is not None and workers < 1:
+        raise InputError(f"{workers} workers", where="--workers", expected="1 or more", do="correct it")
+    if engine == "ray":
+        require_extra("ray", "ray", what="--engine ray runs workers on a cluster of Ray", where="--engine")
+
+
 @contextmanager
 def opened(
     model: str,
     *,
     backend: str = "hf",
+    engine: str = "local",
+    workers: int | None = None,
     masks: Sequence[SteeringMask] = (),
     alphas: Sequence[float | None] | None = None,
     together: bool = True,
@@ -72,14 +94,25 @@ def opened(
     quantize: str | None = None,
     engine_options: Mapping[str, Any] | None = None,
     allow_other_checkpoint: bool = False,
-) -> Iterator[Model | VllmModel]:
+) -> Iterator[Model | VllmModel | RayModel]:
     """The model inside the block, as it is; `steered` steers it. An engine is stopped at the end.
 
     masks, alphas, together, capture, allow_other_checkpoint: what will be asked of it, which an engine must know when
-    it starts; transformers needs none of them. engine_options: of vLLM's LLM class. Raises as require_backend and the
-    backend's own `load` do.
+    it starts; transformers needs none of them. engine_options: of vLLM's LLM class. engine: "ray" is so many workers
+    with a model each (docs/scaling.md). Raises as require_backend, require_engine and the backend's own `load` do.
     """
     require_backend(backend, device=device, quantize=quantize, engine_options=engine_options)
+    require_engine(engine, workers=workers)
+    if engine == "ray":
+        from moesteer.backends.ray.loading import load as spread
+
+        with ending_on_sigterm(), spread(
+            model, workers=workers, backend=backend, masks=masks, alphas=alphas, together=together, capture=capture,
+            dtype=dtype, device=device, quantize=quantize, engine_options=engine_options,
+            allow_other_checkpoint=allow_other_checkpoint,
+        ) as pool:  # fmt: skip
+            yield pool
+        return
     if backend == "hf":
         from moesteer.backends import loading
 
@@ -89,28 +122,8 @@ def opened(
 
     if sys.stderr.isatty():
         print("starting vLLM (VLLM_LOGGING_LEVEL=INFO shows how) ...", file=sys.stderr)
-    with _ending_on_sigterm(), load(
+    with ending_on_sigterm(), load(
         model, masks=masks, alphas=alphas, together=together, capture=capture, dtype=dtype, options=engine_options,
         allow_other_checkpoint=allow_other_checkpoint,
-    ) as engine:  # fmt: skip
-        yield engine
-
-
-@contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM ends the block as an exception would: it must not leave an engine's processes behind."""
-
-    def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    ):
-        yield
-        return
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ) as started:  # fmt: skip
+        yield started

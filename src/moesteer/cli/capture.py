@@ -10,20 +10,27 @@ import typer
 from moesteer.cli import show
 from moesteer.cli.options import (
     Backend,
+    DataSources,
     Device,
     Dtype,
+    Engine,
     EngineOptions,
     Json,
     ModelArgument,
     Quantize,
+    Workers,
+    data_sources,
     engine_options,
 )
-from moesteer.errors import UnknownNameError
+from moesteer.conversations import Conversation
+from moesteer.errors import InputError, UnknownNameError
 
 
 def capture(
     model: ModelArgument,
-    data: Annotated[Path, typer.Argument(help="Conversations: JSONL, JSON, CSV or Parquet.", show_default=False)],
+    data: Annotated[
+        str, typer.Argument(help="Conversations: JSONL, JSON, CSV or Parquet; or suite:NAME.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the trace.")],
     span: Annotated[
         list[str] | None,
@@ -33,19 +40,22 @@ def capture(
     ] = None,
     level: Annotated[str, typer.Option(help="logits (and selections), or selected: expert ids only.")] = "logits",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many conversations.")] = None,
+    data_source: DataSources = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     quantize: Quantize = None,
     backend: Backend = "hf",
     engine_option: EngineOptions = None,
+    engine: Engine = "local",
+    workers: Workers = None,
     json: Json = False,
 ) -> None:
     """Keep what the routers do on your conversations, in a trace on disk. Killed, it goes on where it was.
 
     The span `response` is each conversation's `reference`, put to the model word by word.
     """
-    from moesteer import conversations, files
-    from moesteer.backends.opening import opened, require_backend
+    from moesteer import files
+    from moesteer.backends.opening import opened, require_backend, require_engine
     from moesteer.capturing import capture as to_trace
 
     if level not in ("logits", "selected"):
@@ -55,11 +65,13 @@ def capture(
     kept = cast(Literal["logits", "selected"], level)
     options = engine_options(engine_option)
     require_backend(backend, device=device, quantize=quantize, engine_options=options)
+    require_engine(engine, workers=workers)
     show.quiet_transformers()
-    rows = conversations.read(data, limit=limit)
+    rows = _conversations(data, data_sources(data_source), limit=limit)
     with opened(
-        model, backend=backend, capture=kept, dtype=dtype, device=device, quantize=quantize, engine_options=options
-    ) as loaded:
+        model, backend=backend, engine=engine, workers=workers, capture=kept, dtype=dtype, device=device,
+        quantize=quantize, engine_options=options,
+    ) as loaded:  # fmt: skip
         trace = to_trace(
             loaded, rows, out=out, level=kept,
             spans=tuple(span or ["final_user"]),  # type: ignore[arg-type]
@@ -74,3 +86,23 @@ def capture(
         show.print_json(facts)
     else:
         typer.echo(f"{facts['sequences']} sequences, {facts['tokens']} tokens, {size / 1e6:.1f} MB in {out}")
+
+
+def _conversations(data: str, sources: dict[str, str], *, limit: int | None) -> list[Conversation]:
+    """A file's conversations, or those of `suite:NAME`, from where --data says if it does."""
+    from moesteer import conversations, suites
+    from moesteer.scenario import SUITE
+
+    if not data.startswith(SUITE):
+        if sources:
+            raise InputError(
+                "--data is for DATA that is suite:NAME",
+                where="--data",
+                expected="suite:NAME as DATA, or no --data",
+                do="give the file itself as DATA",
+            )
+        return conversations.read(data, limit=limit)
+    name = data.removeprefix(SUITE)
+    if unknown := [one for one in sources if one != name]:
+        raise UnknownNameError(f"no suite {', '.join(unknown)}", where="--data", expected=name, do="name this one")
+    return suites.read(f"{name}={sources[name]}" if name in sources else name, limit=limit)

@@ -18,7 +18,7 @@ def doctor(
     ] = None,
     json: Json = False,
 ) -> None:
-    """What is installed and whether it works; with a path, whether those files are whole. Exit 3 on a finding."""
+    """What is installed and whether it works; with a path, whether those files are whole. Exit 1 on damage."""
     from moesteer.doctor import examine
 
     found = examine(path)
@@ -28,4 +28,4 @@ def doctor(
         for row in found:
             typer.echo(f"{'ok  ' if row.ok else 'BAD '} {row.what}: {row.detail}")
     if not all(row.ok for row in found):
-        raise typer.Exit(3)
+        raise typer.Exit(1)

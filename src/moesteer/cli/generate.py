@@ -13,12 +13,14 @@ from moesteer.cli.options import (
     Backend,
     Device,
     Dtype,
+    Engine,
     EngineOptions,
     Json,
     MaskFiles,
     ModelArgument,
     OtherCheckpoint,
     Quantize,
+    Workers,
     engine_options,
 )
 from moesteer.errors import InputError
@@ -42,11 +44,13 @@ def generate(
     quantize: Quantize = None,
     backend: Backend = "hf",
     engine_option: EngineOptions = None,
+    engine: Engine = "local",
+    workers: Workers = None,
     json: Json = False,
 ) -> None:
     """Answer prompts greedily, steered by a mask or not; with a mask, both answers are shown."""
     from moesteer import conversations
-    from moesteer.backends.opening import opened, require_backend
+    from moesteer.backends.opening import opened, require_backend, require_engine
     from moesteer.conversations import Message
     from moesteer.mask import SteeringMask
     from moesteer.side_by_side import answer
@@ -60,6 +64,7 @@ def generate(
         )
     options = engine_options(engine_option)
     require_backend(backend, device=device, quantize=quantize, engine_options=options)
+    require_engine(engine, workers=workers)
     masks = [SteeringMask.load(path) for path in mask or []]
     strengths = show.strengths(alpha, masks=len(masks))
     show.quiet_transformers()
@@ -67,8 +72,8 @@ def generate(
         [list(c.messages) for c in conversations.read(data)] if data else [[Message("user", p)] for p in prompt or []]
     )
     with opened(
-        model, backend=backend, masks=masks, alphas=strengths, dtype=dtype, device=device, quantize=quantize,
-        engine_options=options, allow_other_checkpoint=allow_other_checkpoint,
+        model, backend=backend, engine=engine, workers=workers, masks=masks, alphas=strengths, dtype=dtype,
+        device=device, quantize=quantize, engine_options=options, allow_other_checkpoint=allow_other_checkpoint,
     ) as loaded:  # fmt: skip
         found = answer(
             loaded, asked, masks=masks, alphas=strengths, max_new_tokens=max_new_tokens,

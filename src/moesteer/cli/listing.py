@@ -1,4 +1,4 @@
-"""`moesteer methods` and `moesteer suites`"""
+"""`moesteer methods`"""
 
 from __future__ import annotations
 
@@ -28,30 +28,3 @@ def methods(json: Json = False) -> None:
         for key, value in facts["settings"].items():
             typer.echo(f"    {key}={value}")
     typer.echo(f"controls, made from another mask (--like): {', '.join(CONTROLS)}")
-
-
-def suites(json: Json = False) -> None:
-    """The built-in scenarios, their suites, and what each is judged by."""
-    from moesteer import scenario as scenarios
-
-    found: dict[str, list[dict[str, Any]]] = {
-        name: [
-            {
-                "suite": s.name,
-                "role": s.role,
-                "judge": s.judge,
-                "metrics": list(s.metrics),
-                "margin": s.margin,
-                "data": s.data,
-            }
-            for s in scenarios.load(name).suites
-        ]
-        for name in scenarios.built_in()
-    }
-    if json:
-        show.print_json(found)
-        return
-    for name, rows in found.items():
-        typer.echo(f"{name}: {scenarios.load(name).title}")
-        for row in rows:
-            typer.echo(f"  {row['suite']:<16} {row['role']:<8} {', '.join(row['metrics'])}")

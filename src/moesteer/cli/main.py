@@ -10,18 +10,22 @@ import typer
 
 from moesteer.cli import (
     capture,
+    compare_logs,
     demo,
     detect,
     doctor,
     evaluate,
     generate,
+    judges,
     lab,
     listing,
+    lm_eval,
     mask,
     models,
     report,
     serve,
     steer,
+    suites,
 )
 from moesteer.errors import MoesteerError
 
@@ -41,10 +45,13 @@ app.add_typer(mask.app, name="mask")
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("serve")(serve.serve)
+app.command("lm-eval", context_settings=lm_eval.PASSED_ON)(lm_eval.lm_eval)
+app.command("compare-logs")(compare_logs.compare_logs)
 app.command("report")(report.report)
 app.add_typer(models.app, name="models")
 app.command("methods")(listing.methods)
-app.command("suites")(listing.suites)
+app.command("suites")(suites.suites)
+app.command("judges")(judges.judges)
 app.add_typer(lab.app, name="lab")
 app.command("doctor")(doctor.doctor)
 

@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from moesteer.cli import mask_compose, mask_import, show
+from moesteer.cli import mask_compose, mask_import, mask_share, show
 from moesteer.cli.options import Alpha, Device, Dtype, Json, ModelArgument, OtherCheckpoint
 
 app = typer.Typer(
-    help="Look at steering masks, check, combine and compare them, import tables, bake them into a checkpoint.",
+    help="Look at steering masks, check, combine, compare, share them, import tables, bake them into a checkpoint.",
     no_args_is_help=True,
 )
 File = Annotated[Path, typer.Argument(metavar="MASK", help="A mask file.", show_default=False)]
@@ -106,3 +106,5 @@ app.command("compose")(mask_compose.compose)
 app.command("diff")(mask_compose.diff)
 app.command("similarity")(mask_compose.similarity)
 app.command("import")(mask_import.import_)
+app.command("push")(mask_share.push)
+app.command("pull")(mask_share.pull)

@@ -42,7 +42,32 @@ EngineOptions = Annotated[
         show_default=False,
     ),
 ]
+Engine = Annotated[
+    str,
+    typer.Option(help="local: in this process. ray: in workers, here or on the cluster at RAY_ADDRESS (extra ray)."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="With --engine ray: how many. Default: one for each GPU, else for each machine.", show_default=False
+    ),
+]
+Track = Annotated[
+    str | None,
+    typer.Option(
+        help="Also record the numbers with trackio, wandb or mlflow (an extra each); no conversation is sent.",
+        show_default=False,
+    ),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete an earlier run in --out and start again.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache", metavar="DIR",
+        help="Keep replies in this folder, and use those that the same model, masks and settings gave before.",
+        show_default=False,
+    ),
+]  # fmt: skip
 MaskFiles = Annotated[
     list[Path] | None,
     typer.Option("--mask", help="A steering mask; repeat to apply several at once.", show_default=False),
@@ -60,6 +85,33 @@ Alpha = Annotated[
 OtherCheckpoint = Annotated[
     bool, typer.Option("--allow-other-checkpoint", help="Accept router weights other than the mask was made on.")
 ]
+
+DataSources = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="NAME=PATH",
+        help="Other data for a suite: a file or folder, suite:NAME or lab:NAME; repeat. Where the suite is a named "
+        "one (`moesteer suites`), the file is read as a copy of it.",
+        show_default=False,
+    ),
+]
+
+
+def data_sources(given: Sequence[str] | None) -> dict[str, str]:
+    """Sources by suite name from repeated --data NAME=PATH. Raises InputError."""
+    found: dict[str, str] = {}
+    for text in given or ():
+        name, equals, source = text.partition("=")
+        if not (equals and name and source) or name in found:
+            raise InputError(
+                f"{name!r} is given twice" if equals and name in found else f"{text!r} is not NAME=PATH",
+                where="--data",
+                expected="the name of a suite once, and where its data is",
+                do="for example --data mhj=downloads/harmbench_behaviors.csv",
+            )
+        found[name] = source
+    return found
 
 
 def engine_options(given: Sequence[str] | None) -> dict[str, Any]:

@@ -8,9 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
-from moesteer.cli import show
-from moesteer.cli.options import Device, Dtype, Fresh, Json, Limit, ModelArgument, Seed
-from moesteer.errors import UnknownNameError
+from moesteer.cli import judges, show
+from moesteer.cli.options import (
+    Cache,
+    DataSources,
+    Device,
+    Dtype,
+    Fresh,
+    Json,
+    Limit,
+    ModelArgument,
+    Seed,
+    Track,
+    data_sources,
+)
+from moesteer.errors import ScenarioError, UnknownNameError
 
 
 def steer(
@@ -34,9 +46,12 @@ def steer(
     gate: Annotated[bool, typer.Option(help="Also try methods behind a gate.")] = True,
     seed: Seed = 0,
     limit: Limit = None,
+    data: DataSources = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     fresh: Fresh = False,
+    cache: Cache = None,
+    track: Track = None,
     json: Json = False,
 ) -> None:
     """Capture, detect with every method, select, evaluate and report, on any MoE model and your own data.
@@ -46,11 +61,19 @@ def steer(
     from moesteer import scenario as scenarios
     from moesteer.pipeline import DEFAULT_CONTROLS
 
-    folder = out or Path("runs") / scenarios.load(scenario).name
+    whole = scenarios.load(scenario)
+    if scenario.startswith(scenarios.SUITE):
+        raise ScenarioError(
+            f"{scenario} protects nothing",
+            where="--scenario",
+            expected="a scenario that says what steering must not change",
+            do=f'write one with data = "{scenario}" in a suite (docs/scenarios.md); evaluate takes it as it is',
+        )
+    folder = out or Path("runs") / whole.name
     run_and_show(
-        model, scenario=scenario, out=folder, methods=named_methods(method or []),
+        model, scenario=scenarios.with_data(whole, data_sources(data)), out=folder, methods=named_methods(method or []),
         controls=control or DEFAULT_CONTROLS, gate=gate, seed=seed, limit=limit, dtype=dtype, device=device,
-        fresh=fresh, json=json,
+        fresh=fresh, cache=cache, track=track, json=json,
     )  # fmt: skip
 
 
@@ -70,16 +93,21 @@ def named_methods(given: Sequence[str]) -> list[str]:
     return every if "all" in given else list(given) or list(DEFAULT)
 
 
-def run_and_show(model: str, *, out: Path, json: bool, **settings: Any) -> None:
+def run_and_show(model: str, *, out: Path, json: bool, track: str | None = None, **settings: Any) -> None:
     """Run the pipeline, print its table and where the report is; exit with 3 where a check failed."""
+    from moesteer import tracking
     from moesteer.pipeline import steer as pipeline
 
     show.quiet_transformers()
-    results = pipeline(model, out=out, **settings)
+    with tracking.recorded(track, run=out.name, settings=tracking.settings_of(model, settings)) as recorder:
+        results = pipeline(model, out=out, **settings)
+        recorder.results(results, run=out)
     if json:
         show.print_json(results)
     else:
         show.print_table(show.results_table(results))
+        for line in judges.notes(results["methods"]):
+            typer.echo(line)
         best = results["recommended"]
         typer.echo(f"recommended: {best or 'none: no method kept every protected suite'}")
         for check in results["checks"]:

@@ -2,54 +2,83 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from moesteer import files
 from moesteer.conversations import Conversation
-from moesteer.evaluate import stats
+from moesteer.evaluate import forbidding, stats
 from moesteer.evaluate.metrics import outcome, wanted
-from moesteer.evaluate.play import Generates, judged, play
+from moesteer.evaluate.pieces import Player, Unplayed, pieces
+from moesteer.evaluate.play import Generates, Played
+from moesteer.judges.agreement import agreement
+from moesteer.judges.panel import Panel
+from moesteer.judges.protocol import reason_code
 from moesteer.progress import Progress
-from moesteer.scenario import Scenario, Split
+from moesteer.scenario import Scenario, Split, Suite
 
 Splits = Mapping[str, Mapping[Split, Sequence[Conversation]]]
-CHUNK = 256
-"""Conversations played and journalled at a time: what a kill can cost."""
 
 
 def evaluate_split(
-    model: Generates, scenario: Scenario, data: Splits, split: Split, *, journal: Path | None, title: str
+    model: Generates,
+    scenario: Scenario,
+    data: Splits,
+    split: Split,
+    *,
+    journal: Path | None,
+    title: str,
+    panel: Panel | None = None,
 ) -> list[dict[str, Any]]:
     """Play every suite's split on the model as it is now (steered or not); the rows of responses/NAME.jsonl.
 
-    Rows already in the journal are not played again: a killed evaluation goes on at its first missing chunk.
-    journal None: nothing is kept.
+    Rows already in the journal are not played again: a killed evaluation goes on at its first missing piece, or at
+    the first missing turn of one that takes long (pieces.py). journal None: nothing is kept. Raises NanLogitsError
+    after three requests in a row without finite logits; fewer are unscored rows with a `fault`. panel: the scenario's
+    judges, where they are asked elsewhere too and keep a journal (None: they are made, and closed, here).
     """
     record = files.Journal(journal) if journal is not None else None
     done = {row["id"]: row for row in record.read()} if record is not None else {}
+    # what may be forbidden is not kept before it was judged
+    partial = journal.with_name(f".{journal.stem}.turns.json") if journal and not scenario.forbid else None
     rows: list[dict[str, Any]] = []
-    judging = scenario.judging_of()
     total = sum(len(data[suite.name][split]) for suite in scenario.suites)
-    with Progress(title, total=total, unit="conversations") as progress:
+    with ExitStack() as held, Progress(title, total=total, unit="conversations") as progress:
+        judges = panel if panel is not None else held.enter_context(scenario.panel())
+        forbidding.require(scenario, judges)
         for suite in scenario.suites:
-            conversations = list(data[suite.name][split])
-            for start in range(0, len(conversations), CHUNK):
-                chunk = conversations[start : start + CHUNK]
-                if not all(c.id in done for c in chunk):
-                    made = play(model, chunk, turns=suite.play == "turns", max_new_tokens=scenario.max_new_tokens)
-                    verdicts = judged(made, judging, suite.judge)
-                    new = [
-                        p.as_row(suite.name, v, success=wanted(suite.metrics[0], v))
-                        for p, v in zip(made, verdicts, strict=True)
-                    ]
+            turns, form = suite.play == "turns", scenario.judging.reasoning
+            player = Player(model, turns, scenario.max_new_tokens, partial, form)
+            for piece in pieces(model, data[suite.name][split], max_new_tokens=scenario.max_new_tokens):
+                if not all(c.id in done for c in piece):
+                    made = player.play(piece)
+                    new = forbidding.screened(scenario, judges, made, _judged(made, judges, suite))
                     if record is not None:
                         record.append(row for row in new if row["id"] not in done)
-                    done |= {row["id"]: row for row in new}
-                rows += [done[c.id] for c in chunk]
-                progress.advance(len(chunk), note=suite.name)
+                    done = {row["id"]: row for row in new} | done
+                rows += [done[c.id] for c in piece]
+                progress.advance(len(piece), note=suite.name)
+    if partial is not None:
+        files.remove(partial)
     return rows
+
+
+def _judged(made: Sequence[Played | Unplayed], judges: Panel, suite: Suite) -> list[dict[str, Any]]:
+    """The journal's rows of a piece, in its order."""
+    played = [p for p in made if isinstance(p, Played)]
+    rulings = iter(judges.rule(suite.judges, [p.item for p in played]))
+    found = []
+    for p in made:
+        if isinstance(p, Unplayed):
+            found.append(p.as_row(suite.name))
+        else:
+            ruling = next(rulings)
+            success = wanted(suite.metrics[0], ruling.verdict)
+            found.append(p.as_row(suite.name, ruling.verdict, success=success, more=ruling.fields()))
+    return found
 
 
 def outcomes(scenario: Scenario, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, bool | None]]:
@@ -68,13 +97,33 @@ def metrics(scenario: Scenario, rows: Sequence[Mapping[str, Any]]) -> dict[str, 
 
 
 def by_suite(scenario: Scenario, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Every suite's first metric on its own rows: a metric that two suites share hides neither."""
-    found = {}
+    """Every suite's first metric on its own rows: a metric that two suites share hides neither.
+
+    With `unscored_reasons`, counts by reason, where a judge failed; with `agreement` (judges/agreement.py) of the
+    judges on that metric, where there are several.
+    """
+    found: dict[str, dict[str, Any]] = {}
     for suite in scenario.suites:
-        name = suite.metrics[0]
-        scored = stats.rate([outcome(name, row["verdict"]) for row in rows if row["suite"] == suite.name])
+        name, mine = suite.metrics[0], [row for row in rows if row["suite"] == suite.name]
+        scored = stats.rate([outcome(name, row["verdict"]) for row in mine])
         found[suite.name] = {"metric": name, **scored.as_json()}
+        reasons = Counter(_reason(row) for row in mine if row["verdict"] == "unscored")
+        if reasons:
+            found[suite.name]["unscored_reasons"] = dict(sorted(reasons.items()))
+        if len(suite.judges) > 1:
+            found[suite.name]["agreement"] = agreement({judge: _called(mine, judge, name) for judge in suite.judges})
     return found
+
+
+def _reason(row: Mapping[str, Any]) -> str:
+    """Why a row is unscored: the judge's word for it, or that the model gave no reply to judge."""
+    return "no-reply" if row.get("fault") else reason_code(row.get("reason"))
+
+
+def _called(rows: Sequence[Mapping[str, Any]], judge: str, metric: str) -> list[bool | None]:
+    """What one of several judges says of the metric; None for what it did not score, and for broken replies."""
+    verdicts = [row.get("verdicts", {}).get(judge, "unscored") for row in rows]
+    return [None if verdict == "broken" else outcome(metric, verdict) for verdict in verdicts]
 
 
 def by_tactic(scenario: Scenario, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

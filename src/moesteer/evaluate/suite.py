@@ -9,8 +9,12 @@ from typing import Any
 
 from moesteer import files, runs
 from moesteer.errors import UnknownNameError
+from moesteer.evaluate import forbidding
 from moesteer.evaluate import run as evaluation
 from moesteer.evaluate.play import Generates
+from moesteer.evaluate.replies import ReplyCache
+from moesteer.judges.panel import JOURNAL
+from moesteer.mask import SteeringMask
 from moesteer.scenario import Scenario, Split
 
 
@@ -39,43 +43,63 @@ def evaluate(
     out: Path | None,
     plan: Mapping[str, Any],
     seed: int,
+    fresh: bool = False,
+    cache: ReplyCache | None = None,
+    masks: Sequence[SteeringMask] = (),
 ) -> dict[str, Any]:
     """Play the split unsteered, then inside each context of `steered`; metrics and paired differences by name.
 
-    out: run directory for responses and results.json (None: nothing is kept); a killed evaluation goes on there.
-    plan: everything that decides the numbers (model, mask, strength, data): another plan's folder is refused.
+    out: run directory for responses and results.json (None: nothing is kept); a killed evaluation goes on there, and
+    a complete one is returned as it is (fresh: it is deleted first). plan: everything that decides the numbers (model,
+    mask, strength, data): another plan's folder is refused. cache: of replies; masks: which act inside every context
+    of `steered`, all together; the cache checks it.
     """
-    if out is not None:
-        with runs.opened(out, plan=plan) as run:
-            found = _evaluate(model, scenario, data, split, steered=steered, out=out, seed=seed)
-            files.write_json(run.path("results.json"), found)
-            run.mark("complete")
-            return found
-    return _evaluate(model, scenario, data, split, steered=steered, out=None, seed=seed)
+    if out is None:
+        return _evaluate(model, scenario, data, split, steered, None, seed, cache, masks)
+    with runs.opened(out, plan=plan, fresh=fresh) as run:
+        if run.complete:
+            return run.results()
+        total = sum(len(data[suite.name][split]) for suite in scenario.suites)
+        run.expect({name: total for name in ("none", *steered)})
+        found = _evaluate(model, scenario, data, split, steered, out, seed, cache, masks)
+        files.write_json(run.path("results.json"), found)
+        run.mark("complete")
+        return found
 
 
 def _evaluate(
-    model: Generates,
+    model: Any,
     scenario: Scenario,
     data: evaluation.Splits,
     split: Split,
-    *,
     steered: Mapping[str, AbstractContextManager[object]],
     out: Path | None,
     seed: int,
+    cache: ReplyCache | None,
+    masks: Sequence[SteeringMask],
 ) -> dict[str, Any]:
     rows: dict[str, list[dict[str, Any]]] = {}
     contexts: dict[str, AbstractContextManager[object]] = {"none": nullcontext(), **steered}
-    for name, context in contexts.items():
-        with context:
-            rows[name] = evaluation.evaluate_split(
-                model, scenario, data, split, journal=out / "responses" / f"{name}.jsonl" if out else None, title=name
-            )
+    with scenario.panel(journal=out / JOURNAL if out else None) as panel:
+        forbidding.require(scenario, panel, cached=cache is not None)
+        for name, context in contexts.items():
+            with context:
+                acting = () if name == "none" else masks
+                asked: Generates = cache.around(model, masks=acting, together=True) if cache is not None else model
+                rows[name] = evaluation.evaluate_split(
+                    asked, scenario, data, split, title=name, panel=panel,
+                    journal=out / "responses" / f"{name}.jsonl" if out else None,
+                )  # fmt: skip
+        asking = panel.counts()
     results = {
         name: {
             "metrics": evaluation.metrics(scenario, found),
+            "suites": evaluation.by_suite(scenario, found),
             "vs_none": {} if name == "none" else evaluation.against_none(scenario, rows["none"], found, seed=seed),
+            **({"forbidden": forbidding.found_in(scenario, found)} if scenario.forbid else {}),
         }
         for name, found in rows.items()
     }
-    return {"schema": 1, "scenario": scenario.name, "split": split, "seed": seed, "methods": results}
+    kept: dict[str, Any] = {"cache": cache.as_json()} if cache is not None else {}
+    kept |= {"judges": asking} if asking else {}
+    return {"schema": 1, "scenario": scenario.name, "split": split, "seed": seed, "methods": results, **kept}

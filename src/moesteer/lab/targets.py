@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moesteer.conversations import Conversation
-from moesteer.evaluate.judges import JudgeKind, Judging
 from moesteer.evaluate.metrics import metric
 from moesteer.evaluate.play import Generates, judged, play
+from moesteer.judges import JudgeKind, Judging
 from moesteer.lab import words, world
 
 MAX_NEW_TOKENS = 28

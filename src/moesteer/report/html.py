@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moesteer import files
+from moesteer import files, runs
 from moesteer.errors import MissingExtraError
 from moesteer.report import examples, figures, tables, wording
 from moesteer.report.run_files import (
@@ -43,6 +43,7 @@ def write_report(run: Path) -> Path:
     run = Path(run)
     path = run / REPORT
     files.write_text(path, render(run))
+    runs.renew(run, REPORT)
     return path
 
 

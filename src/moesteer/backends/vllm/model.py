@@ -20,12 +20,14 @@ from moesteer import files
 from moesteer.backends.chat import Chat, Encoded, Generation, require_rows
 from moesteer.backends.fingerprinting import checkpoint_of
 from moesteer.backends.vllm.catalogue import Catalogue, Member, Row
+from moesteer.backends.vllm.dying import noticing_death
 from moesteer.backends.vllm.gating import decided, needs_gate, probe
 from moesteer.backends.vllm.output import Output
 from moesteer.backends.vllm.requests import Reading, Ticket, tickets
 from moesteer.conversations import Message
 from moesteer.errors import (
     AlreadySteeredError,
+    EngineStoppedError,
     InputError,
     ModelError,
     MoesteerError,
@@ -42,6 +44,9 @@ CHUNK = 1_024
 
 class VllmModel(Chat):
     """A model inside an engine of vLLM. Made by loading.load."""
+
+    new_tokens_at_once = 131_072
+    """That an engine is given to make at once, where what is made is written down in between (evaluate/pieces.py)."""
 
     def __init__(
         self,
@@ -169,16 +174,18 @@ class VllmModel(Chat):
             ]  # fmt: skip
             given: Any = [{"prompt_token_ids": list(one.token_ids)} for one in prompts]
             try:
-                found: list[Any] = self.engine.generate(given, params, use_tqdm=False)
+                with noticing_death(self.engine):
+                    found: list[Any] = self.engine.generate(given, params, use_tqdm=False)
             except Exception as error:
                 why = self._output.explained(error)
                 if isinstance(why, MoesteerError):
                     raise why from error
-                raise ModelError(
+                raise EngineStoppedError(
                     f"the engine stopped: {why}",
                     where=self.name,
                     expected="an answer to every request",
-                    do="VLLM_LOGGING_LEVEL=INFO shows all that vLLM prints",
+                    do="run the same command again: it goes on where it was; VLLM_LOGGING_LEVEL=INFO shows all that "
+                    "vLLM prints",
                 ) from error
         failed = [one for one in found if one.outputs[0].finish_reason not in ("stop", "length")]
         if failed or len(found) != len(prompts):
@@ -338,7 +345,8 @@ class VllmModel(Chat):
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         try:
-            return self.engine.collective_rpc(method, args=arguments)
+            with noticing_death(self.engine):
+                return self.engine.collective_rpc(method, args=arguments)
         except Exception as error:
             found = self._output.explained(error)
             if isinstance(found, MoesteerError):

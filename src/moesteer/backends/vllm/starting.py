@@ -48,14 +48,17 @@ def require_arguments(name: str, *, dtype: str, options: Mapping[str, Any]) -> N
 def start(
     source: str,
     name: str,
-    settings: Settings,
+    settings: Settings | None,
     output: Output,
     *,
     dtype: str,
     revision: str | None,
     options: Mapping[str, Any],
 ) -> Any:
-    """vLLM's LLM with the settings. Raises what its processes died of, where that is ours; else ModelError."""
+    """vLLM's LLM with the settings (None: for a model that nothing steers, a judge).
+
+    Raises what its processes died of, where that is ours; else ModelError.
+    """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # refusals.py
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for results
@@ -67,7 +70,8 @@ def start(
             _require_options(options, name=name)
             return LLM(
                 model=source, revision=revision, trust_remote_code=False, load_format="safetensors",
-                additional_config=settings.as_config(), **{**_defaults(dtype), **options},
+                additional_config=settings.as_config() if settings is not None else {},
+                **{**_defaults(dtype), **options},
             )  # fmt: skip
     except BaseException as error:
         _stop(set(multiprocessing.active_children()) - before)
