@@ -60,10 +60,12 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/python docs/make_cli.py --check
 	$(BIN)/python docs/make_families.py --check
+	$(BIN)/python docs/make_scaling.py --check
 
 docs: $(VENV)/.moesteer
 	$(BIN)/python docs/make_cli.py
 	$(BIN)/python docs/make_families.py
+	$(BIN)/python docs/make_scaling.py
 
 bench: $(VENV)/.moesteer
 	$(OFFLINE) $(BIN)/python bench/overhead.py

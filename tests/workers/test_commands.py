@@ -247,16 +247,10 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     ("address", "kind", "said"),
     [("ray://127.0.0.1:10001", InputError, "Ray client"), ("127.0.0.1:1", EngineStoppedError, "no cluster of Ray")],
 )
-def test_addresses_that_nobody_answers_at(
-    address: str, kind: type[MoesteerError], said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import ray
-
-    if ray.is_initialized():
-        pytest.skip("another test's cluster is up in this process")
-    monkeypatch.setenv(cluster.ADDRESS, address)
-    with pytest.raises(kind, match=said), cluster.joined(workers=2):
-        pass
+def test_addresses_that_nobody_answers_at(address: str, kind: type[MoesteerError], said: str) -> None:
+    with pytest.raises(kind, match=said) as caught:
+        cluster._require_cluster(address)
+    assert caught.value.where == f"RAY_ADDRESS={address}"
 
 
 EIGHT = [Room(cpus=64, gpus=8)] * 3

@@ -81,14 +81,7 @@ def joined(*, workers: int | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if address.startswith("ray://"):
-        raise InputError(
-            "this is the address of a Ray client",
-            where=f"{ADDRESS}={address}",
-            expected="the address of the cluster itself, HOST:6379, from a machine of the cluster",
-            do="run the command on a machine of the cluster",
-        )
-    _require_answer(address)
+    _require_cluster(address)
     # unix sockets have names of at most 107 bytes: not below a long $TMPDIR. Ray opens its own folder, inside this one,
     # to everybody
     folder = None if address else tempfile.mkdtemp(prefix="msray-", dir="/tmp" if os.path.isdir("/tmp") else None)
@@ -105,8 +98,18 @@ def joined(*, workers: int | None) -> Iterator[None]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _require_answer(address: str) -> None:
-    """Raise EngineStoppedError where nothing listens at HOST:PORT: Ray itself would try for minutes."""
+def _require_cluster(address: str) -> None:
+    """Raise InputError for the address of a client; EngineStoppedError where nothing listens at HOST:PORT.
+
+    Ray itself would try for minutes.
+    """
+    if address.startswith("ray://"):
+        raise InputError(
+            "this is the address of a Ray client",
+            where=f"{ADDRESS}={address}",
+            expected="the address of the cluster itself, HOST:6379, from a machine of the cluster",
+            do="run the command on a machine of the cluster",
+        )
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
         return
