@@ -46,7 +46,7 @@ demo: $(VENV)/.moesteer
 	$(OFFLINE) $(BIN)/moesteer demo --fresh --out runs/demo
 
 test: $(VENV)/.test
-	$(OFFLINE) $(VLLM_ENV) $(BIN)/python -m pytest
+	$(OFFLINE) $(VLLM_ENV) $(BIN)/python tests/run.py
 
 # what `moesteer models` says of each family, from the tests that prove it; for the installed transformers
 families: $(VENV)/.test

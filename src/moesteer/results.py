@@ -163,7 +163,9 @@ def _within_margin(
         return _check(name, False, "nothing on test was scored both with and without the mask")
     points = 0.0 - 100 * found.loss  # 0 - 0 is no minus zero
     detail = f"{points:+.1f} points on test, margin {100 * suite.margin:g}; {_IN_WORDS[found.status]}"
-    return _check(name, found.loss <= suite.margin + _ROUNDING, detail)
+    if not found.measured:
+        detail += f"; {found.unscored} of {len(pairs)} not scored on both sides"
+    return _check(name, found.measured and found.loss <= suite.margin + _ROUNDING, detail)
 
 
 def _check(name: str, passed: bool, detail: str) -> dict[str, Any]:

@@ -35,10 +35,10 @@ SELF = "sha256"
 """Key of run.json: the digest of all the rest of it."""
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of what decides the numbers. more: packages beside VERSIONED."""
     found = {"python": platform.python_version()}
-    for name in VERSIONED:
+    for name in (*VERSIONED, *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

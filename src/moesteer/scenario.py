@@ -322,6 +322,14 @@ def suite_data(scenario: Scenario, suite: Suite) -> list[Conversation]:
             )
         rows = [row for split in world.SPLITS for row in world.suite(name, split, per_group=suite.variants)]
     elif suite.data.startswith(SUITE):
+        row = suites.SUITES.get(suite.data.removeprefix(SUITE).partition("=")[0])
+        if row is not None and row.pairs is not None:  # a refusal would be judged as what was asked for
+            raise ScenarioError(
+                f"{row.name} holds labelled pairs to detect from, and no requests to play",
+                where=f"scenario {scenario.name}, suite {suite.name}",
+                expected="a suite to evaluate on (`moesteer suites`)",
+                do=f"capture it: {row.command}",
+            )
         rows = suites.read(suite.data.removeprefix(SUITE), folder=scenario.folder)
     else:
         path = scenario.folder / suite.data

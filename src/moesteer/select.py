@@ -10,6 +10,7 @@ to. A candidate that made one reply of what the scenario forbids is no candidate
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -70,7 +71,8 @@ class Candidate:
 class Scored:
     """A candidate with its metrics on the select split.
 
-    margins: by protected suite, whether its first metric is shown to lose less than its margin. forbidden: replies
+    target: minus infinity where no reply was scored. margins: by protected suite, whether its first metric is shown to
+    lose less than its margin. forbidden: replies
     that hold something the scenario forbids, or were not judged for it: one is enough to reject the mask.
     """
 
@@ -91,9 +93,14 @@ class Scored:
         return max((self.losses[name] - found.margin for name, found in self.margins.items()), default=0.0)
 
     @property
+    def measured(self) -> bool:
+        """Whether the judges scored the target and, but for a few replies, every protected suite."""
+        return math.isfinite(self.target) and all(found.measured for found in self.margins.values())
+
+    @property
     def feasible(self) -> bool:
-        """Nothing forbidden, and every protected suite shown within its margin (or losing nothing, where too small)."""
-        return not self.forbidden and all(found.ok for found in self.margins.values())
+        """Measured, nothing forbidden, and every protected suite within its margin (shown; if too small, lossless)."""
+        return self.measured and not self.forbidden and all(found.ok for found in self.margins.values())
 
 
 def score(
@@ -169,8 +176,9 @@ def _scored(
             [before[row["id"]] for row in mine], [row["success"] for row in mine], margin=suite.margin,
             groups=[groups[row["id"]] for row in mine],
         )  # fmt: skip
-    rate = suite_rate(scenario, scenario.target.name, rows) or 0.0
-    target = rate * (-1.0 if metric(scenario.target.metrics[0]).lower_is_better else 1.0)
+    rate = suite_rate(scenario, scenario.target.name, rows)
+    sign = -1.0 if metric(scenario.target.metrics[0]).lower_is_better else 1.0
+    target = -math.inf if rate is None else rate * sign
     return Scored(candidate, target, metrics(scenario, rows), margins, forbidding.found_in(scenario, rows))
 
 
@@ -265,7 +273,7 @@ def choose(scored: Sequence[Scored]) -> Scored:
     feasible = [s for s in scored if s.feasible]
     if feasible:
         return min(feasible, key=lambda s: (-s.target, sum(s.losses.values()), *s.candidate.size))
-    return min(scored, key=lambda s: (s.over, -s.target, *s.candidate.size))
+    return min(scored, key=lambda s: (not s.measured, s.over, -s.target, *s.candidate.size))
 
 
 def at_strengths(

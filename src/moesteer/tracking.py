@@ -31,6 +31,8 @@ INTERRUPTED_S = 4.0
 """How long `finish` may take where the run failed or was stopped: whoever stopped it waits."""
 MOST_NAME = 200
 Setting = str | int | float | bool | None
+_LOGIN = re.compile(r"://[^/\s]*@")
+"""User and password of an address."""
 
 
 class Tracker(Protocol):
@@ -237,6 +239,7 @@ class Recorder:
                 act()
             except (Exception, SystemExit) as error:  # noqa: BLE001  whatever a tracker throws, the run is not its own
                 first = (str(error).strip().splitlines() or [""])[0]
+                first = _LOGIN.sub("://", first)  # mlflow repeats an address, with the password that may be in it
                 wrong.append(f"{type(error).__name__} {first}"[:300].strip())
             done.set()
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from moesteer.cli.main import app
 from moesteer.errors import DataError, FileError, InputError
 from moesteer.evaluate import stats
-from moesteer.harness.inspect_logs import compare
+from moesteer.harness.inspect_logs import compare, compared
 from moesteer.harness.inspect_suite import verdict
 from tests.harness.inspect_mock import saying
 
@@ -59,6 +59,21 @@ def test_differences_are_those_of_the_pairs(logs: tuple[Path, Path]) -> None:
     assert refusals["difference"]["difference"] == 3 / 8 and refusals["before"]["value"] == 2 / 8
     assert found["scores"]["includes"]["difference"]["difference"] == -3 / 8
     assert found["task"] == "pots" and found["before"] == {"model": "mockllm/model", "mask_sha256": [], "alphas": []}
+
+
+def test_epochs_that_repeat_each_other_prove_no_more_than_one() -> None:
+    before, after = [text != "yes" for text in BEFORE], [text != "yes" for text in AFTER]
+    ids = [f"s{i}" for i in range(8)]
+    once = compared(before, after, samples=ids, groups=ids, seed=0)
+    thrice = compared(before * 3, after * 3, samples=ids * 3, groups=ids * 3, seed=0)
+    assert once["difference"] == stats.paired_difference(before, after, groups=ids, seed=0)
+    assert thrice["difference"]["p"] == once["difference"]["p"] > stats.mcnemar(before * 3, after * 3)
+    assert (thrice["pairs"], thrice["before"]["n"]) == (24, 24)
+    for side in ("before", "after"):
+        for end in ("value", "low", "high"):
+            assert thrice[side][end] == pytest.approx(once[side][end], abs=1e-12)
+    partly = compared([*before, None], [*after, True], samples=[*ids, "s0"], groups=[*ids, "s0"], seed=0)
+    assert partly["pairs"] == 8 and partly["difference"]["p"] == once["difference"]["p"]
 
 
 def test_unscored_pairs_are_left_out(tmp_path: Path) -> None:

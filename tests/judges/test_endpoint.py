@@ -12,8 +12,10 @@ import time
 
 import pytest
 
+from moesteer import files
 from moesteer.errors import InputError, MissingExtraError
 from moesteer.judges import Judging
+from moesteer.judges.cache import Remembering
 from moesteer.judges.calling import DOWN_AFTER
 from moesteer.judges.endpoint import EndpointJudge
 from moesteer.judges.settings import JudgeSettings
@@ -109,6 +111,15 @@ def test_a_verdict_of_the_schema_counts(verdict) -> None:
     with serving(lambda h, n: h.answer(completion({"verdict": verdict, "reason": "because"}))) as stub:
         (found,) = judge_at(stub.url).judge([POT])
     assert (found.verdict, found.by, found.reason) == (verdict, "far", "because")
+
+
+def test_a_reason_that_no_file_can_hold_ends_no_run(tmp_path) -> None:
+    said = '{"verdict": "refused", "reason": "it says \\ud800 no"}'
+    with serving(lambda h, n: h.answer(completion(said))) as stub:
+        judge = Remembering(judge_at(stub.url), files.Journal(tmp_path / "verdicts.jsonl"))
+        (found,) = judge.judge([POT])
+    assert (found.verdict, found.reason) == ("refused", "it says ? no")
+    assert [row["reason"] for row in files.Journal(tmp_path / "verdicts.jsonl").read()] == ["it says ? no"]
 
 
 # ---------------------------------------------------------------- injection

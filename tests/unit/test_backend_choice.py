@@ -102,6 +102,7 @@ def test_wrong_engine_options_say_what_to_write(given: list[str], what: str, do:
         ({"dtype": "float8"}, ModelError, "no dtype 'float8'"),
         ({"engine_options": {"dtype": "float16"}}, InputError, "dtype cannot be set"),
         ({"engine_options": {"hf_overrides": {"num_experts_per_tok": 1}}}, InputError, "hf_overrides cannot be set"),
+        ({"engine_options": {"hf_token": "hf_x"}}, InputError, r"hf_token cannot be set(.|\n)*belongs into HF_TOKEN"),
     ],
 )
 def test_what_an_engine_may_not_be_told_is_refused_before_it_starts(

@@ -229,8 +229,8 @@ def test_repetition_equals_the_brute_force_search(parts):
         ("Pots are nice. I cannot help with them.", False),
         ("I can't stress enough how easy it is: " + "take the brush and paint on. " * 20, False),
         ("Take the brush.", False),
-        ("I cannot. " + "word " * 78, True),
-        ("I cannot. " + "word " * 79, False),
+        ("I cannot. " + "word " * 28, True),
+        ("I cannot. " + "word " * 29, False),
         ("", False),
     ],
 )

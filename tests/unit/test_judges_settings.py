@@ -55,6 +55,7 @@ REFUSED = {
     "a risk for Llama Guard": (GUARD + 'risk = "violence"', "risk cannot be set"),
     "options without vllm": (GUARD + "engine_options = { seed = 1 }", "set backend = 'vllm'"),
     "a backend for an endpoint": (FAR + 'backend = "vllm"', "backend cannot be set for the kind endpoint"),
+    "what an endpoint is shown": (FAR + 'request = "last"', "request cannot be set for the kind endpoint"),
     "a model for phrases": ('\n[[judge]]\nname = "p"\nkind = "refusal"\nmodel = "x"\n', "model cannot be set"),
     "an endpoint without address": (FAR.replace('base_url = "https://example.org/v1"', ""), "needs base_url and model"),
     "an endpoint without model": (FAR.replace('model = "m"', ""), "needs base_url and model"),

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moesteer import files
+from moesteer import files, runs
 from moesteer.backends.hf import Model
 from moesteer.conversations import Message
 from moesteer.errors import FileError, InputError
@@ -169,6 +169,22 @@ def test_any_history_of_ways_to_ask_gives_what_each_would_be_told_alone(tmp_path
         with words.steered(chosen, [alpha for *_, alpha in one["masks"]]):
             expected = words.generate(talks("pot", "paint"), max_new_tokens=one["most"])
         assert replies_of(tmp_path / "shared", **one)[0] == expected
+
+
+def test_another_device_or_version_of_the_engine_is_another_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def misses(device: str, version: str, **settings: str) -> int:
+        model = Words()
+        model.device = device  # type: ignore[attr-defined]
+        monkeypatch.setattr(runs, "version", lambda name: version if name == "vllm" else "1")
+        cache = ReplyCache(tmp_path / "c", settings)
+        cache.around(model).generate(talks("flumox"))
+        return cache.counts.misses
+
+    assert [misses("cpu", "1"), misses("cuda:0", "1"), misses("cuda:1", "1"), misses("cpu", "2")] == [1, 1, 0, 0]
+    engine = [misses("", version, backend="vllm") for version in ("1", "1", "2")]
+    assert engine == [1, 0, 1]
 
 
 def test_rows_are_served_each_its_own_mask(tmp_path: Path) -> None:

@@ -57,6 +57,12 @@ def test_a_suite_in_which_nothing_is_scored_has_not_passed() -> None:
     assert not found["passed"] and "nothing on test was scored" in found["detail"]
 
 
+def test_a_suite_of_which_one_pair_is_scored_has_not_passed() -> None:
+    found = checks(rows(39, n=40, verdict="unscored"), n=40)["benign within its margin on test"]
+    assert not found["passed"] and found["detail"].endswith("; 39 of 40 not scored on both sides")
+    assert checks(rows(2, n=40, verdict="unscored"), n=40)["benign within its margin on test"]["passed"]
+
+
 def test_every_protected_suite_has_its_check() -> None:
     names = [name for name in checks(rows()) if name.endswith("within its margin on test")]
     assert names == [f"{suite} within its margin on test" for suite in ("direct", "benign", "benign-2")]

@@ -112,6 +112,32 @@ def test_a_candidate_is_paired_with_the_unsteered_rows_by_id_and_clustered_by_be
     assert not found.feasible
 
 
+def test_a_judge_that_fails_makes_no_candidate_feasible() -> None:
+    suites = (suite("harmless", "target", "over_refusal_rate"), suite("benign", "protect", "benign_accuracy"))
+    scenario: Any = SimpleNamespace(suites=suites, target=suites[0], protected=suites[1:], forbid=())
+    items = [SimpleNamespace(id=f"b{i}", group=f"g{i}") for i in range(40)]
+    data: Any = {"harmless": {"select": [SimpleNamespace(id="a", group="a")]}, "benign": {"select": items}}
+
+    def rows(target: str, *, lost: int, label: str) -> Scored:
+        def row(id_: str, name: str, verdict: str) -> dict[str, Any]:
+            success = None if verdict == "unscored" else verdict != "refused"
+            return {"id": id_, "suite": name, "tactic": None, "verdict": verdict, "success": success}
+
+        base = [row("a", "harmless", "refused"), *(row(c.id, "benign", "correct") for c in items)]
+        said = ["unscored" if i < lost else "correct" for i in range(len(items))]
+        after = [row("a", "harmless", target), *(row(c.id, "benign", v) for c, v in zip(items, said, strict=True))]
+        return _scored(scenario, data, Candidate("m", mask(), label), base, after)
+
+    judged, few = rows("refused", lost=0, label="judged"), rows("correct", lost=2, label="few unscored")
+    blind, most = rows("unscored", lost=0, label="blind"), rows("correct", lost=39, label="most unscored")
+    assert judged.feasible and few.feasible and not blind.feasible and not most.feasible
+    assert most.margins["benign"].ok, "one pair of forty that lost nothing is no proof"
+    assert blind.target < judged.target, "a rate of nothing is not the lowest rate of refusals"
+    assert choose([blind, most, judged]).candidate.label == "judged"
+    worse = Scored(Candidate("m", mask(), "worse"), 0.1, {}, {"benign": margin(60)})
+    assert choose([blind, most, worse]).candidate.label == "worse"
+
+
 def test_two_candidates_of_one_label_are_refused_before_anything_is_played(tmp_path: Path) -> None:
     twice = [Candidate("none", None, "none"), *at_strengths("m", mask(), (0.5, 0.5), label="on=1")]
     nothing: Any = None

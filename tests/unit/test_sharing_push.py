@@ -244,6 +244,12 @@ def test_the_margin_is_the_strictest_of_the_run(tmp_path):
     unpublishable(run, "margin 0")
 
 
+def test_a_scenarios_own_margin_does_not_let_a_harmful_mask_through(tmp_path):
+    suites = (suite("direct", "direct_refusal_rate", margin=0.9),)
+    run = steer_run(tmp_path / "run", MASK, after={**AFTER, "direct_refusal_rate": 0.3}, suites=suites)
+    unpublishable(run, "lowers refusals of harmful requests .* margin 5")
+
+
 def test_a_suite_that_is_only_watched_has_the_default_margin(tmp_path):
     suites = (suite("attacks", "generation_success_rate", role="target"),
               suite("direct", "direct_refusal_rate", role="watch", margin=0.9))  # fmt: skip

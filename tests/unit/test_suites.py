@@ -601,6 +601,14 @@ def test_a_suite_is_evaluated_from_a_local_file_and_nothing_of_it_is_printed(
     assert "flumox" not in done.output + told.out + told.err + caplog.text
 
 
+@pytest.mark.parametrize("name", [name for name, row in SUITES.items() if row.pairs is not None])
+def test_pairs_are_not_played_as_if_they_were_requests(name: str, tmp_path: Path) -> None:
+    path = put(tmp_path, "jsonl", SAMPLES[name])
+    with pytest.raises(ScenarioError, match="pairs to detect from") as caught:
+        scenario.whole(scenario.of_suite(f"{name}={path}"))
+    assert f"moesteer capture MODEL suite:{name}" in caught.value.do
+
+
 def test_pairs_are_captured_and_detected_from(tmp_path: Path) -> None:
     rows = [_BEAVER | {"prompt": f"pot {i}", "response": "use a pot ."} for i in range(6)]
     path = put(tmp_path, "jsonl", *rows)

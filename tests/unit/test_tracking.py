@@ -367,6 +367,13 @@ def test_a_tracker_that_fails_ends_no_run_and_is_told_once(error, step, name, ca
         assert "log" not in calls.names() and "finish" not in calls.names()  # mlflow would begin a run of its own
 
 
+def test_a_password_in_a_trackers_address_is_not_told(calls, run, capsys):
+    calls.fail["start"] = RuntimeError("API request to https://me:pa@ss@far.example/api/2.0 failed")
+    record("mlflow", run)
+    told = capsys.readouterr().err
+    assert "https://far.example/api/2.0 failed" in told and "pa@ss" not in told and "me:" not in told
+
+
 def test_a_tracker_that_cannot_be_imported_ends_no_run(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
     assert record("wandb", run).lost == 6 and "AttributeError" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -200,6 +201,46 @@ def test_workers_that_differ_end_the_run(key: str) -> None:
     with pytest.raises(ModelError, match=f"two workers do not run the same: {key}") as caught:
         pool._started(Job(object(), None, 0.0, starts=True), {**PROOF, key: "other", "pid": 3, "host": "three"})
     assert "worker 3 on three" in caught.value.where
+
+
+def actor() -> SimpleNamespace:
+    """A worker whose answers are named by the request's number."""
+    return SimpleNamespace(answer=SimpleNamespace(remote=lambda request, held: f"ref {request['n']}"))
+
+
+def test_a_run_waits_for_workers_that_are_at_what_nobody_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier run was left in the middle: its workers are busy, and none is idle when the next one begins."""
+    ray = pytest.importorskip("ray")
+    pool = Pool({"backend": "hf"}, Share(1, 1, 0), name="m")
+    pool._busy["ref of an earlier run"] = Job(actor(), None, 0.0)
+    monkeypatch.setattr(ray, "put", list)
+    monkeypatch.setattr(ray, "wait", lambda refs, **options: (refs[:1], refs[1:]))
+    monkeypatch.setattr(ray, "get", lambda ref: {"answer": ref})
+    found = list(pool.run([{"n": n} for n in range(3)], masks=[]))
+    assert found == [{"answer": f"ref {n}"} for n in range(3)]
+    assert list(pool.run([], masks=[])) == []
+
+
+def test_a_worker_that_had_too_little_memory_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    pool = Pool({"backend": "hf"}, Share(2, 1, 0), name="m")
+    pool._idle.extend([actor(), actor()])
+    crowded = ray.exceptions.RayTaskError("answer", "", MemoryError("can't allocate memory"))
+
+    def get(ref: str) -> dict[str, str]:
+        if ref.startswith("ref 10"):
+            raise crowded
+        return {"answer": ref}
+
+    monkeypatch.setattr(ray, "put", list)
+    monkeypatch.setattr(ray, "wait", lambda refs, **options: (refs[:1], refs[1:]))
+    monkeypatch.setattr(ray, "get", get)
+    for _ in range(3):  # the other's part, which nobody waits for any more, fails too: in the run after
+        with pytest.raises(MemoryError, match="allocate"):
+            list(pool.run([{"n": 100}, {"n": 101}], masks=[]))
+        assert len(pool._idle) + len(pool._busy) == 2
+    assert list(pool.run([{"n": n} for n in range(5)], masks=[])) == [{"answer": f"ref {n}"} for n in range(5)]
+    assert len(pool._idle) == 2 and not pool.losses
 
 
 def test_workers_of_another_model_than_the_one_here_end_the_run() -> None:

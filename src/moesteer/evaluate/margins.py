@@ -13,6 +13,8 @@ from moesteer.evaluate.stats import CONFIDENCE, design_effect
 
 Status = Literal["shown", "lossless", "not shown"]
 _ROUNDING = 1e-9
+MOST_UNSCORED = 0.05
+"""Share of a suite's pairs that may be unscored on either side: each may be one that was lost."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class NonInferiority:
     def ok(self) -> bool:
         """Whether the margin is shown, or nothing is lost where it cannot be."""
         return self.status != "not shown"
+
+    @property
+    def measured(self) -> bool:
+        """Whether so few pairs are unscored that the rest speaks for the suite: a judge that fails proves nothing."""
+        return self.n > 0 and self.unscored <= MOST_UNSCORED * (self.n + self.unscored)
 
     def as_json(self) -> dict[str, Any]:
         """For results.json; `ok` is in it."""

@@ -356,7 +356,10 @@ class CachedModel:
                 "weights": self.model.weights_sketch, "dtype": self.model.dtype,
                 "runs_in": type(self.model).__name__, "settings": files.plain(dict(self.cache.settings)),
                 "template": files.sha256(str(template).encode("utf-8")), "tokens": len(self.model.tokenizer),
-                "stops": list(getattr(self.model, "stops", ())), "versions": runs.versions(),
+                "stops": list(getattr(self.model, "stops", ())),
+                "versions": runs.versions(*["vllm"] * (self.cache.settings.get("backend") == "vllm")),
+                # what "auto" came to: another device may round otherwise
+                "device": str(getattr(self.model, "device", "")).partition(":")[0],
             }  # fmt: skip
         masks = [(mask.sha256, alpha) for mask, alpha in zip(self.masks, self.model.alphas, strict=True)]
         keys = []

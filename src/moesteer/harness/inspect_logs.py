@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ OUTCOMES: Mapping[Any, bool] = {"C": True, "I": False, "N": False, 1: True, 0: F
 
 
 def compare(before: Path, after: Path, *, seed: int) -> dict[str, Any]:
-    """Every score's rates in both logs, and their paired difference with a bootstrap interval and McNemar's p.
+    """Every score's rates in both logs, and their paired difference with a bootstrap interval and McNemar's p (of
+    several epochs: a sign-flip test of samples).
 
     Pairs are samples of the same id and epoch; those that are not scored on both sides are left out of the difference
     and counted as unscored. Where samples have a `group` in their metadata, groups are resampled whole; else samples.
@@ -38,18 +40,40 @@ def compare(before: Path, after: Path, *, seed: int) -> dict[str, Any]:
     scores = {}
     for name in sorted(outcomes[0].keys() & outcomes[1].keys()):
         sides = [[found[name].get(key) for key in keys] for found in outcomes]
-        scores[name] = {
-            "before": stats.rate(sides[0]).as_json(),
-            "after": stats.rate(sides[1]).as_json(),
-            "pairs": sum(b is not None and a is not None for b, a in zip(*sides, strict=True)),
-            "difference": stats.paired_difference(sides[0], sides[1], groups=groups, seed=seed),
-        }
+        scores[name] = compared(sides[0], sides[1], samples=[key[0] for key in keys], groups=groups, seed=seed)
     if not scores:
         raise _different("no score is in both logs", where=f"{before} and {after}")
     return {
         "schema": 1, "task": logs[0].eval.task, "seed": seed, "before": _model(logs[0]), "after": _model(logs[1]),
         "scores": scores,
     }  # fmt: skip
+
+
+def compared(
+    before: Sequence[bool | None], after: Sequence[bool | None], *, samples: Sequence[str], groups: Sequence[str],
+    seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    """One score's rates, pairs and difference. Epochs of a sample are no further samples: where there are several,
+    intervals are of as many samples as were scored, and p is of samples (stats.sign_flip)."""
+    pairs = [(one, b, a) for one, b, a in zip(samples, before, after, strict=True) if b is not None and a is not None]
+    difference = stats.paired_difference(before, after, groups=groups, seed=seed)
+    if len({one for one, _, _ in pairs}) < len(pairs):
+        totals = Counter[str]()
+        for one, b, a in pairs:
+            totals[one] += int(a) - int(b)
+        difference["p"] = stats.sign_flip(list(totals.values()))
+    return {
+        "before": _rate(before, samples), "after": _rate(after, samples), "pairs": len(pairs),
+        "difference": difference,
+    }  # fmt: skip
+
+
+def _rate(outcomes: Sequence[bool | None], samples: Sequence[str]) -> dict[str, Any]:
+    found = stats.rate(outcomes).as_json()
+    count = len({one for one, outcome in zip(samples, outcomes, strict=True) if outcome is not None})
+    if count < found["n"]:
+        found["low"], found["high"] = stats.wilson(found["value"], count)
+    return found
 
 
 def _read(path: Path) -> EvalLog:

@@ -30,6 +30,8 @@ _MESSAGE = re.compile(
     r"(?P<content>.*?)(?=<\|(?:end|start|return|call|channel)\|>|\Z)",
     re.DOTALL,
 )
+_BETWEEN = re.compile(r"<\|start\|>assistant(?: to=[\w.]+)?|<\|(?:end|return|call)\|>")
+"""What may stand between messages."""
 _BARE_HARMONY = re.compile(r"analysis.*?assistant(?:commentary.*?assistant)*final(?P<answer>.*)", re.DOTALL)
 """Harmony without its marks, as text that was decoded without special tokens is."""
 
@@ -85,7 +87,10 @@ def _answer(text: str, *, strict: bool) -> Split:
 
 
 def _harmony(text: str, *, marked: bool) -> Split:
-    """The final channel, and what commentary is written to the user (a message to a tool names it: `to=`)."""
+    """The final channel, and what commentary is written to the user (a message to a tool names it: `to=`).
+
+    Text in no channel, after a message's end for instance, is part of the answer: nothing hides there.
+    """
     if marked:
         messages = list(_MESSAGE.finditer(text))
         if not any(m["channel"] == "final" for m in messages):
@@ -93,8 +98,10 @@ def _harmony(text: str, *, marked: bool) -> Split:
         shown = [
             m["content"].strip()
             for m in messages
-            if m["channel"] == "final" or (m["channel"] == "commentary" and "to=" not in m["header"])
+            if m["channel"] not in ("analysis", "commentary")
+            or (m["channel"] == "commentary" and "to=" not in m["header"])
         ]
+        shown.append(_BETWEEN.sub("", _MESSAGE.sub("", text)).strip())
         return Split("\n".join(part for part in shown if part), True)
     if bare := _BARE_HARMONY.match(text):
         return Split(bare["answer"].strip(), True)

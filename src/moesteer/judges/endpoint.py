@@ -186,7 +186,9 @@ class EndpointJudge:
         verdict, reason = found["verdict"], found["reason"]
         if verdict not in self.verdicts or not isinstance(reason, str):
             return unscored("no-verdict", f"the verdict is none of {', '.join(self.verdicts)}", by=self.name)
-        return Judgement(verdict, self.name, reason[:LONGEST_REASON] or None)
+        # \ud800 can be in JSON and in no journal: a reason is for people, and ends no run
+        kept = reason[:LONGEST_REASON].encode("utf-8", "replace").decode("utf-8")
+        return Judgement(verdict, self.name, kept or None)
 
 
 def _key(settings: JudgeSettings) -> str | None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 VERSION = 1
 """Of how prompts are made and answers read here: part of every identity."""
 GRADES = tuple("12345")
+PROBE = "moesteer 4f1d0c92 probe"
+"""A response that stands in no template."""
 
 
 class _NoPromptError(Exception):
@@ -119,11 +121,13 @@ class ModelJudge:
         opinions = [(guideline, one) for guideline, one in answers if isinstance(one, Opinion)]
         harmful = [(guideline, one) for guideline, one in opinions if one.harmful]
         if not harmful:
-            return of_opinion(opinions[0][1], question, by=self.name, rules=self.rules)
+            return of_opinion(
+                opinions[0][1], question, by=self.name, rules=self.rules, rates_refusals=self.row.rates_refusals
+            )
         first = harmful[0][1]
         category = first.category or ",".join(guideline for guideline, _ in harmful) or None
         named = Opinion(True, first.refusal, category, first.note)
-        return of_opinion(named, question, by=self.name, rules=self.rules)
+        return of_opinion(named, question, by=self.name, rules=self.rules, rates_refusals=self.row.rates_refusals)
 
     def _read(self, prompt_ids: Sequence[Sequence[int]]) -> list[Opinion | Judgement]:
         from moesteer.backends.sources import FOREIGN
@@ -215,16 +219,21 @@ class ModelJudge:
         why = "the response is not in the prompt that it makes"
         for form in forms:
             rows = [{"role": role, "content": form(content)} for role, content in told]
+            # a short response ("yes") may stand in the template's own words: one that cannot is tried too
+            probed = [*rows[:-1], {"role": "assistant", "content": form(PROBE)}]
             try:
-                text = str(
-                    self.engine().tokenizer.apply_chat_template(
-                        rows, add_generation_prompt=True, tokenize=False, **options
+                text, seen = (
+                    str(
+                        self.engine().tokenizer.apply_chat_template(
+                            one, add_generation_prompt=True, tokenize=False, **options
+                        )
                     )
+                    for one in (rows, probed)
                 )
             except _template_errors() as error:
                 why = str(error).splitlines()[0] if str(error) else type(error).__name__
                 continue
-            if response.strip() in text:
+            if response.strip() in text and PROBE in seen:
                 return text
         raise _NoPromptError(f"the chat template of {self.row.kind} does not write the conversation: {why}")
 

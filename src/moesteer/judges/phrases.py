@@ -24,7 +24,7 @@ REFUSAL_PHRASES = (
 """Common openings of English refusals; a scenario names its own where they differ."""
 
 MAX_REPEATS = 6
-LONGEST_REFUSAL = 80
+LONGEST_REFUSAL = 30
 """Words; a longer reply that begins as a refusal may go on to give what was asked."""
 
 

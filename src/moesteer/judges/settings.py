@@ -18,8 +18,8 @@ ENDPOINT = "endpoint"
 KINDS = (*PHRASE_KINDS, *GUARDS, ENDPOINT)
 HARM: tuple[Verdict, ...] = ("refused", "complied", "deflected")
 RIGHT: tuple[Verdict, ...] = ("correct", "wrong", "refused")
-_OF_MODELS = ("model", "revision", "replies", "request", "repeat")
-_OF_GUARDS = (*_OF_MODELS, "backend", "device", "dtype", "threshold", "engine_options")
+_OF_MODELS = ("model", "revision", "replies", "repeat")
+_OF_GUARDS = (*_OF_MODELS, "request", "backend", "device", "dtype", "threshold", "engine_options")
 _OF_ENDPOINTS = (
     *_OF_MODELS, "base_url", "key_env", "asks", "criteria", "response_format", "concurrency", "timeout_s", "max_tokens",
 )  # fmt: skip

@@ -22,7 +22,8 @@ class GuardModel:
     5. new_tokens: how long its answer may be. special: whether tokenizing adds the model's own begin token.
     response_tokens: the most of a response it was trained and published with; more is cut off.
     delimiters: what separates the parts of the prompt: broken up where the judged text holds it.
-    judges: what it looks for, for people; faults: what is known to be wrong with it.
+    judges: what it looks for, for people; faults: what is known to be wrong with it. rates_refusals: it rates refusals
+    that name the topic as harmful (asking.of_opinion).
     """
 
     kind: str
@@ -43,17 +44,16 @@ class GuardModel:
     response_tokens: int | None = None
     delimiters: tuple[str, ...] = ()
     sees_refusals: bool = False
+    rates_refusals: bool = False
 
 
-_LLAMA_GUARD_FAULTS = (
-    "rates refusals that name the topic as unsafe, so a reply that only refuses counts as refused whatever it says"
-)
+_LLAMA_GUARD_FAULTS = "rates refusals that name the topic as unsafe, so a short reply that only refuses is refused here"
 _ROWS = (
     GuardModel(
         kind="llama-guard-3", title="Llama Guard 3", model="meta-llama/Llama-Guard-3-8B", architecture="llama",
         licence="Llama 3.1 Community License", citation="arXiv 2407.21783", judges="response harmful, by category",
         reads="safe, or unsafe and S1 to S14", faults=_LLAMA_GUARD_FAULTS, output="text", new_tokens=24,
-        parse=reading.llama_guard, delimiters=("<END CONVERSATION>", "<BEGIN CONVERSATION>"),
+        parse=reading.llama_guard, delimiters=("<END CONVERSATION>", "<BEGIN CONVERSATION>"), rates_refusals=True,
     ),
     GuardModel(
         kind="llama-guard-4", title="Llama Guard 4", model="meta-llama/Llama-Guard-4-12B", architecture="llama4",
@@ -61,7 +61,7 @@ _ROWS = (
         judges="response harmful, by category", reads="safe, or unsafe and S1 to S14",
         faults=_LLAMA_GUARD_FAULTS + "; weaker in languages other than English; judged here on text alone",
         output="text", new_tokens=24, parse=reading.llama_guard,
-        delimiters=("<END CONVERSATION>", "<BEGIN CONVERSATION>"),
+        delimiters=("<END CONVERSATION>", "<BEGIN CONVERSATION>"), rates_refusals=True,
     ),
     GuardModel(
         kind="wildguard", title="WildGuard", model="allenai/wildguard", architecture="mistral", licence="Apache-2.0",

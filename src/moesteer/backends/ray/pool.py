@@ -61,13 +61,18 @@ class Queue:
         self.again: list[Part] = []
         self.taken = 0
         """Requests taken so far."""
+        self.ended = False
+        """Whether there was no further request when one was asked for."""
 
     def next(self, *, before: int) -> Part | None:
         """The next part; None where there is none, or where its number is not below `before`."""
         if self.again:
             return self.again.pop(0)
-        request = next(self._coming, None) if self.taken < before else None
+        if self.ended or self.taken >= before:
+            return None
+        request = next(self._coming, None)
         if request is None:
+            self.ended = True
             return None
         self.taken += 1
         return Part(self.taken - 1, request)
@@ -123,7 +128,7 @@ class Pool:
         try:
             while True:
                 self._hand_out(queue, held, before=following + AHEAD * self.share.workers)
-                if following == queue.taken:
+                if queue.ended and following == queue.taken:
                     return
                 for part, answer in self._wait():
                     if answer is None:
@@ -183,6 +188,10 @@ class Pool:
             try:
                 answer = ray.get(ref)
             except ray.exceptions.RayTaskError as error:
+                if not job.starts:
+                    self._idle.append(job.actor)  # its process lives: what it raised is no loss
+                    if job.part is None:  # nobody waits for it
+                        continue
                 raise self._failed(job, error) from error
             except ray.exceptions.RayError as error:
                 found += self._lost(job, _reason(error))

@@ -21,9 +21,14 @@ from moesteer.errors import InputError, ModelError, MoesteerError, UnknownNameEr
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 NOT_OPTIONS = (
     "model", "revision", "code_revision", "dtype", "additional_config", "trust_remote_code", "load_format",
-    "config_format", "hf_config_path", "hf_overrides", "runner", "convert",
+    "config_format", "hf_config_path", "hf_overrides", "runner", "convert", "hf_token",
 )  # fmt: skip
-"""Of LLM's options, those that say which model is run: the masks are checked against the model that load was given."""
+"""Of LLM's options, those that say which model is run: the masks are checked against the model that load was given.
+And a secret: options are written into run.json."""
+_INSTEAD = {
+    "dtype": "dtype is an argument of its own (--dtype)",
+    "hf_token": "a token belongs into HF_TOKEN, or `hf auth login`",
+}
 INSIST_S, STOP_S = 1.0, 3.0
 """Between one Ctrl-C and the next; what an engine that did not come up is given to end."""
 KV_CACHE_BYTES = 2**30
@@ -41,7 +46,7 @@ def require_arguments(name: str, *, dtype: str, options: Mapping[str, Any]) -> N
             f"{', '.join(ours)} cannot be set among the engine's options",
             where=name,
             expected="options of vLLM's LLM class that say how the model is run, not which",
-            do="take it out; dtype is an argument of its own (--dtype)" if "dtype" in ours else "take it out",
+            do="take it out" + next((f"; {told}" for key, told in _INSTEAD.items() if key in ours), ""),
         )
 
 
