@@ -53,15 +53,12 @@ def test_the_example_runs_on_a_steered_model(masks: Files, made: dict[str, Steer
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_an_engine_answers_as_transformers_does(lab_tiny: Model, masks: Files) -> None:
     """One additive mask and one behind a gate, together."""
-    from tests.engine.masks import in_process
-
     steering = steering_of(mask=f"{masks['high']};{masks['gated']}", alpha="0.5;1", where="test")
     talks = [[Message("user", text)] for text in TEXTS]
     with lab_tiny.steered(steering.masks, alphas=steering.alphas, together=True):
         wanted = lab_tiny.generate(talks, max_new_tokens=12)
-    with in_process():
-        here = {"distributed_executor_backend": "uni"}
-        engine = SteeredModel("lab-tiny", steering=steering, backend="vllm", engine_options=here)
+    here = {"distributed_executor_backend": "uni"}
+    engine = SteeredModel("lab-tiny", steering=steering, backend="vllm", engine_options=here)
     try:
         futures = [engine.ask(Request((Message("user", text),), 12)) for text in TEXTS]
         replies = [future.result(120) for future in futures]
