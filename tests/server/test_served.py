@@ -535,6 +535,26 @@ def test_a_worker_killed_while_idle_ends_all_answers(gated_server: Served) -> No
     assert outcome(gated_server) in (0, 503)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_told_to_end_ends_well(number: signal.Signals, masks: Masks, tmp_path: Path) -> None:
+    """By its orchestrator or from the terminal, with an answer on its way."""
+    import psutil
+
+    with serving(tmp_path, "--pin", masks.folder / "pin.safetensors") as server:
+        seen: list[tuple[float, int, bytes]] = []
+        stop = threading.Event()
+        thread = threading.Thread(target=streaming, args=(server, seen, stop))
+        thread.start()
+        until(lambda: len(seen) > 5, seconds=20)
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        server.process.send_signal(number)
+        assert server.process.wait(30) == 0
+        stop.set()
+        thread.join(30)
+        assert "stopped answering" not in server.log.read_text() and "no more answers" not in server.log.read_text()
+        assert not psutil.wait_procs(family, timeout=20)[1]
+
+
 def test_a_worker_that_hangs_ends_all_answers(masks: Masks, tmp_path: Path) -> None:
     with serving(tmp_path, "--pin", masks.folder / "pin.safetensors", "--timeout", HANGS_S) as server:
         assert outcome(server) == 200

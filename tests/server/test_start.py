@@ -13,6 +13,7 @@ import pytest
 
 from moesteer.errors import InputError, MaskMismatchError, MoesteerError, NoEffectError
 from moesteer.serve import server
+from moesteer.serve.canary import State
 from moesteer.serve.server import UNSAFE, Serving, settings_of
 from tests.server.fakes import PIN, additive, run
 
@@ -172,3 +173,37 @@ def test_a_server_that_no_longer_steers_says_so_and_ends(
     state: Any = SimpleNamespace(reason="")
     run(lambda: server._watch(SimpleNamespace(), state, serving()))  # type: ignore[arg-type]
     assert raised == [signal.SIGTERM] and state.reason in capsys.readouterr().err
+
+
+class Stopping:
+    """An engine that looks like one that died once it was stopped, as vLLM's does."""
+
+    def __init__(self) -> None:
+        self.errored = False
+        self.told: list[float] = []
+
+    def shutdown(self, *, timeout: float) -> None:
+        self.told.append(timeout)
+        self.errored = True
+
+
+def test_an_engine_that_is_told_to_stop_has_not_died() -> None:
+    engine, state = Stopping(), State(reason="")
+    why = server.why_it_ends(engine, state)
+    engine.shutdown(timeout=1.5)
+    state.reason = "the engine died"  # said of a request that came meanwhile
+    assert engine.told == [1.5] and why() == ""
+
+
+def test_why_a_server_ends_is_what_was_so_before_it_stopped() -> None:
+    engine, state = Stopping(), State(reason="")
+    why = server.why_it_ends(engine, state)
+    state.reason = "the canary found it"
+    engine.shutdown(timeout=0)
+    assert why() == "the canary found it"
+    engine = Stopping()
+    why = server.why_it_ends(engine, State(reason=""))
+    engine.errored = True
+    assert why() == "the engine died"
+    engine.shutdown(timeout=0)
+    assert why() == "the engine died"

@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -249,6 +249,7 @@ async def _serve(chosen: Serving, settings: Settings, keys: Keys, args: argparse
             state.reason = ""
             print(_announced(chosen, gated.catalogue), file=sys.stderr, flush=True)
             watching = asyncio.create_task(_watch(canary, state, chosen))
+            why = why_it_ends(engine, state)
             stopped = await serve_http(
                 app, sock=sock, enable_ssl_refresh=args.enable_ssl_refresh, host=args.host, port=args.port,
                 log_level=args.uvicorn_log_level, access_log=False, ssl_keyfile=args.ssl_keyfile,
@@ -260,7 +261,7 @@ async def _serve(chosen: Serving, settings: Settings, keys: Keys, args: argparse
             watching.cancel()
             with suppress(asyncio.CancelledError):
                 await watching
-            reason = "the engine died" if engine.errored else state.reason
+            reason = why()
         await stopped
         if reason:
             raise NoEffectError(
@@ -271,6 +272,27 @@ async def _serve(chosen: Serving, settings: Settings, keys: Keys, args: argparse
             )
     finally:
         sock.close()
+
+
+def why_it_ends(engine: Any, state: State) -> Callable[[], str]:
+    """A function that says why the server ended; nothing where it was told to.
+
+    vLLM stops the engine when it is told to end, and an engine that was stopped looks like one that died. So what there
+    was to say is noted before that.
+    """
+    noted: list[str] = []
+    shutdown = engine.shutdown
+
+    def now() -> str:
+        return "the engine died" if engine.errored else state.reason
+
+    def noting(*args: Any, **options: Any) -> Any:
+        if not noted:
+            noted.append(now())
+        return shutdown(*args, **options)
+
+    engine.shutdown = noting
+    return lambda: noted[0] if noted else now()
 
 
 def shorten_messages() -> None:
