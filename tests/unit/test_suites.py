@@ -192,6 +192,7 @@ def test_the_sizes_and_licences_that_decide_what_may_be_done_are_the_published_o
         "mhj": "CC BY-NC 4.0", "harmbench": "MIT", "beavertails": "CC BY-NC 4.0", "xstest": "CC BY 4.0",
         "squad": "CC BY-SA 4.0",
     }  # fmt: skip
+    assert all(bool(suite.about) is (suite.rows is None) for suite in SUITES.values())
     assert [SUITES[name].rows for name in ("advbench", "strongreject", "jailbreakbench", "squad")] == [
         520, 313, 100, 10_570,
     ]  # fmt: skip

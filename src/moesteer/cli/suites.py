@@ -39,7 +39,14 @@ def suites(
     for row in every.SUITES.values():
         judge = row.judge + (f" ({row.model_judge})" if row.model_judge else "")
         table.add_row(
-            row.name, row.source, row.licence, _said(row.rows), _said(row.harmful), judge, row.metrics[0], row.command
+            row.name,
+            row.source,
+            row.licence,
+            row.about or _said(row.rows),
+            _said(row.harmful),
+            judge,
+            row.metrics[0],
+            row.command,
         )
     show.print_table(table)
     typer.echo("built-in scenarios:")
@@ -58,7 +65,8 @@ def _facts(row: Any) -> dict[str, Any]:
         "name": row.name, "title": row.title, "measures": row.measures, "source": row.source,
         "page": hub.page, "revision": hub.revision, "pinned": hub.pinned, "gated": hub.gated,
         "columns": row.columns, "files": list(KINDS), "licence": row.licence, "citation": row.citation,
-        "rows": row.rows, "harmful": row.harmful, "judge": row.judge, "model_judge": row.model_judge,
+        "rows": row.rows, "about": row.about, "harmful": row.harmful,
+        "judge": row.judge, "model_judge": row.model_judge,
         "metrics": list(row.metrics), "command": row.command, "note": row.note,
     }  # fmt: skip
 
