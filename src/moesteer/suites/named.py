@@ -50,8 +50,8 @@ class NamedSuite:
     """One suite. Facts are from the data set's own page or paper; what was not found there says so.
 
     measures: in a sentence. columns: what a local table must have (alternatives with "or"). rows: of the data as
-    `load` reads it by default; None where that is not known, and then `about` says what is. harmful: whether its text is
-    harmful (it is never printed). judge, metrics: of the scenario suite; always runnable. model_judge: kind of the
+    `load` reads it by default; None where that is not known, and then `about` says what is. harmful: whether its text
+    is harmful (it is never printed). judge, metrics: of the scenario suite; always runnable. model_judge: kind of the
     judge model the field uses on it, None where phrases or references decide. one_per_group: keep a request once.
     pairs: rows come in labelled twos, to detect from rather than to evaluate: the span whose tokens are compared.
     """
