@@ -26,7 +26,7 @@ def test_an_engine_of_vllm_says_what_transformers_says(tmp_path) -> None:
     there, here = judge_of(folder, "strongreject", **options), judge_of(folder, "strongreject")
     try:
         found = there.judge(ITEMS)
-        assert [one.verdict for one in found] == ["complied", "refused", "complied"]
+        assert [one.verdict for one in found] == ["complied"] * 3  # the grade is believed, of a refusal too
         assert found == here.judge(ITEMS)
         prompts = [here.prompt_ids(q) for q in _questions()]
         assert (
