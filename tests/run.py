@@ -8,6 +8,7 @@ here belongs to the first half, so that no test is left out. Exit code: the firs
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ def main(options: list[str]) -> int:
     """Run both halves; the exit code."""
     first, second = halves()
     command = [sys.executable, "-m", "pytest", *options]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))  # two halves share the cores
     begun = time.monotonic()
     with tempfile.TemporaryFile() as said:
         other = subprocess.Popen(

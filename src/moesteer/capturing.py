@@ -6,19 +6,19 @@ was killed and started again ends in the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesteer import files
 from moesteer.backends.chat import Encoded, length_batches
-from moesteer.conversations import Conversation, Message, request_and_response
+from moesteer.backends.protocol import Captures, LooksAhead
+from moesteer.conversations import Conversation, request_and_response
 from moesteer.errors import EmptyDataError, TraceFileError, TraceLabelError, UnknownNameError
-from moesteer.fingerprint import Fingerprint
 from moesteer.memory import HALVINGS, give_back_memory, is_out_of_memory, too_little_memory
 from moesteer.progress import Progress
 from moesteer.trace import Manifest, TraceReader, TraceRow, TraceWriter, selected_dtype
@@ -42,44 +42,6 @@ class _Plan:
             for c, e in zip(conversations, self.encoded, strict=True)
         ]
         return files.sha256(files.dumps([extra, self.shards, items], indent=None).encode("utf-8"))
-
-
-class Captures(Protocol):
-    """The little of a backend that capture needs."""
-
-    fingerprint: Fingerprint
-
-    @property
-    def mask_sha256(self) -> tuple[str, ...]:
-        """Digests of the masks applied now."""
-
-    @property
-    def alphas(self) -> list[float]:
-        """Their strengths."""
-
-    @property
-    def weights_sketch(self) -> str:
-        """A digest that tells other weights apart."""
-
-    @property
-    def dtype(self) -> str:
-        """Of the weights."""
-
-    def encode(self, messages: Sequence[Message], response: str | None = None) -> Encoded:
-        """Tokens and spans of a conversation."""
-
-    def router_outputs(
-        self, batch: Sequence[Encoded], places: Sequence[Sequence[int]], *, logits: bool
-    ) -> tuple[NDArray[np.float32] | None, NDArray[np.int64]]:
-        """(logits [n, L, E] float32 before steering, or None; selected [n, L, K]) of the wanted positions, in order."""
-
-
-@runtime_checkable
-class LooksAhead(Protocol):
-    """A backend of several workers, which start on what will be asked."""
-
-    def expect(self, batches: Iterable[tuple[Sequence[Encoded], Sequence[Sequence[int]]]]) -> None:
-        """What `router_outputs` will be asked next, in this order."""
 
 
 def capture(

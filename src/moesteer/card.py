@@ -120,6 +120,7 @@ def _facts(mask: SteeringMask, evidence: Evidence, *, licence: str) -> str:
         ("experts", f"{fingerprint.experts} a layer, {fingerprint.top_k} per token, {inert(fingerprint.scoring)}"),
         ("router weights", _digest(fingerprint.router_sha256)),
         *([("all weights (sketch)", _digest(evidence.weights))] if evidence.weights else []),
+        *([("evaluated as", inert(evidence.loaded_as))] if evidence.loaded_as else []),
         ("intent", f"toward {inert(info.intent.toward)}" + _of(info.intent.scenario)),
         ("method", inert(info.method)),
         ("form", "forces experts on or off" if mask.forced else "adds to router logits, in units of sigma"),

@@ -48,7 +48,7 @@ def make(scenario: Scenario, fit_rows: Sequence[Mapping[str, Any]], *, seed: int
 
     Raises EmptyDataError when the model shows too little of either behaviour to compare.
     """
-    fit_rows = forbidding.clear(fit_rows)
+    fit_rows = forbidding.clear(scenario, fit_rows)
     target = [row for row in fit_rows if row["suite"] == scenario.target.name]
     good, bad = _by_outcome(target)
     published_good, _ = _by_outcome([row for row in fit_rows if row["suite"] == scenario.contrast.published])

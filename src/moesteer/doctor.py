@@ -79,7 +79,13 @@ def _run(folder: Path) -> list[Finding]:
             return [Finding(runs.RUN, False, said)]
     except MoesteerError as error:
         return [Finding(runs.RUN, False, error.what)]
-    return [_status(folder, state), *_recorded(folder, state), *_parts(folder, state), *_leftovers(folder)]
+    return [
+        _status(folder, state),
+        *_versions(state),
+        *_recorded(folder, state),
+        *_parts(folder, state),
+        *_leftovers(folder),
+    ]
 
 
 def _status(folder: Path, state: dict[str, Any]) -> Finding:
@@ -94,6 +100,15 @@ def _status(folder: Path, state: dict[str, Any]) -> Finding:
     again = f"`{command}` in {state.get('cwd')}" if command else "the same command"
     why = f" ({str(state['error']).splitlines()[0]})" if state.get("error") else ""
     return Finding(runs.RUN, True, f"{made}; {status}{why}; {again} goes on with it")
+
+
+def _versions(state: dict[str, Any]) -> list[Finding]:
+    """Whether one set of libraries made the whole run."""
+    later = state.get(runs.CONTINUED_WITH)
+    if not later:
+        return []
+    told = "; then ".join(", ".join(f"{name} {now}" for name, now in one.items()) for one in later)
+    return [Finding("versions", False, f"begun with others than it went on with ({told}): a part may differ")]
 
 
 def _recorded(folder: Path, state: dict[str, Any]) -> list[Finding]:

@@ -116,6 +116,7 @@ class Evidence:
     method: the entry of results.json. suites: the scenario's. data_sha256: of all conversations of the run.
     weights: a digest of the model's weights. limit: conversations per suite and split at most, None for all.
     forbid: what no reply may hold; forbidden: how many replies with the mask held it, or were not judged for it.
+    loaded_as: backend, dtype and quantisation, in words.
     """
 
     method: str
@@ -134,6 +135,7 @@ class Evidence:
     forbidden: int = 0
     judges: tuple[JudgeModel, ...] = ()
     versions: Mapping[str, str | None] = field(default_factory=dict)
+    loaded_as: str = ""
 
     @property
     def target(self) -> Suite:
@@ -164,8 +166,12 @@ def of_run(run: Path, *, mask: SteeringMask) -> Evidence:
     name = _evaluated(run, state.plan, results, mask) if of_evaluate else _made(run, results, mask)
     if "none" not in results.methods:
         raise _not_of(run, "the run has no results of the unsteered model", do="evaluate the mask again")
-    if state.model.get("router_sha256", mask.info.fingerprint.router_sha256) != mask.info.fingerprint.router_sha256:
-        raise _not_of(run, "the run is of a model with other router weights than the mask was made for")
+    router = state.model.get("router_sha256", state.plan.get("router_sha256"))
+    if router != mask.info.fingerprint.router_sha256:
+        raise _not_of(
+            run, "the run is of a model with other router weights than the mask was made for" if router else
+            "the run does not say of which router weights it is",
+        )  # fmt: skip
     rows = f"responses/{name}.jsonl"
     _require_untouched(run, state, ["results.json", results.methods[name].mask or "", rows])
     limit = state.plan.get("limit")
@@ -177,7 +183,15 @@ def of_run(run: Path, *, mask: SteeringMask) -> Evidence:
         data_sha256=str(state.plan["data"]) if state.plan.get("data") else None, seed=results.seed,
         limit=limit if isinstance(limit, int) else None, forbid=scenario.forbid, judges=scenario.judges,
         forbidden=_forbidden(run / rows) if scenario.forbid else 0, versions=results.versions or state.versions,
+        loaded_as=_loaded_as(state.plan),
     )  # fmt: skip
+
+
+def _loaded_as(plan: Mapping[str, Any]) -> str:
+    """How the model was run; "auto" is the checkpoint's own dtype."""
+    dtype, quantize = plan.get("dtype"), plan.get("quantize")
+    parts = [plan.get("backend"), "the checkpoint's dtype" if dtype == "auto" else dtype, quantize]
+    return ", ".join(str(part) for part in parts if part)
 
 
 def _read(path: Path, kind: type[Part]) -> Part:

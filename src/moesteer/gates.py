@@ -62,7 +62,7 @@ def fit(model: Model, scenario: Scenario, *, fit_rows: Rows, select_rows: Rows, 
 
     Raises EmptyDataError, NoEffectError.
     """
-    fit_rows, select_rows = forbidding.clear(fit_rows), forbidding.clear(select_rows)
+    fit_rows, select_rows = forbidding.clear(scenario, fit_rows), forbidding.clear(scenario, select_rows)
     shut = {suite.name for suite in scenario.protected if suite.gate == "shut"}
     target = scenario.target.name
     probe = gate.fit(

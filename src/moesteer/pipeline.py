@@ -169,6 +169,7 @@ class _Steering:
         self.facts: dict[str, Any] = {}
         self.detect_seconds: dict[str, float] = {}
         self.failed: dict[str, str] = {}
+        self.rejected: set[str] = set()
 
     def go(
         self, methods: Mapping[str, Method | None], *, controls: Sequence[str], controls_of: str | None, gate: bool
@@ -201,6 +202,7 @@ class _Steering:
             for name, candidate in kept.items():
                 played[name] = self._evaluate(replace(candidate, method=name), split="test")
         best = self._without_forbidden(played, chosen, best)
+        self._forgets_candidates(scored)
         return results_of(
             self.model, self.scenario, self.data, played, scored=scored, chosen=chosen, best=best, facts=self.facts,
             seconds=self.clock.seconds, detect_seconds=self.detect_seconds, failed=self.failed, seed=self.seed,
@@ -230,7 +232,16 @@ class _Steering:
                     chosen[name] = replace(chosen[name], forbidden=count)
         return best if best in chosen and not chosen[best].forbidden else None
 
+    def _forgets_candidates(self, scored: Mapping[str, Sequence[Scored]]) -> None:
+        """Deletes the candidates of every method of which one mask, gated or not, made what is forbidden."""
+        hit = {name for name, found in scored.items() if len(permitted(found)) < len(found)} | self.rejected
+        for name in sorted({name.removesuffix(GATE) for name in hit}):
+            folder = self.run.path("masks", "candidates")
+            for path in [folder / f"{name}.json", *sorted(folder.glob(f"{name}-[0-9][0-9].safetensors"))]:
+                files.remove(path)
+
     def _rejects(self, name: str, count: int, split: str) -> None:
+        self.rejected.add(name)
         self.failed[name] = (
             f"rejected: {count} replies on {split} hold what is forbidden, or were not judged for it: "
             f"{forbidding.named(self.scenario)}"

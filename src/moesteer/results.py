@@ -61,6 +61,7 @@ def results_of(
         candidate = found.candidate
         entries[name] = {
             "mask": f"masks/{name}.safetensors" if candidate.mask is not None else None,
+            "mask_sha256": candidate.mask.sha256 if candidate.mask is not None else None,
             "alpha": candidate.alpha,
             "experts": candidate.mask.expert_count if candidate.mask is not None else 0,
             "setting": candidate.label if name not in (BASE, NULL) else None,

@@ -31,6 +31,8 @@ SCHEMA = 1
 """Of run.json and of the files beside it. A version that changes what a run's files mean counts it up, and so goes on
 with no run that an earlier one began."""
 RUN = "run.json"
+CONTINUED_WITH = "continued_with"
+"""Key of run.json: for each time a run went on with other versions of its libraries, those that changed."""
 SELF = "sha256"
 """Key of run.json: the digest of all the rest of it."""
 
@@ -178,7 +180,21 @@ def _state(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
             expected="a new folder, or the same command to go on with",
             do="choose another --out, or give --fresh to delete that run and start again",
         )
-    return {key: value for key, value in found.items() if key != "error"}
+    return _continued({key: value for key, value in found.items() if key != "error"}, folder)
+
+
+def _continued(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The state of a run that is gone on with; where libraries changed since, that is noted in it and said aloud."""
+    if state.get("status") == "complete":
+        return state
+    here, earlier = versions(), state.get(CONTINUED_WITH, [])
+    before = {**state.get("versions", {}), **(earlier[-1] if earlier else {})}
+    changed = {name: now for name, now in here.items() if name in before and before[name] != now}
+    if not changed:
+        return state
+    told = ", ".join(f"{name} {before[name]}, now {now}" for name, now in changed.items())
+    print(f"{folder}: begun with {told}: the rest may differ from what those would have given", file=sys.stderr)
+    return {**state, CONTINUED_WITH: [*earlier, changed]}
 
 
 def _command() -> str | None:

@@ -19,13 +19,14 @@ from typing import Any
 
 from moesteer import files
 from moesteer.backends.hf import Model
+from moesteer.backends.protocol import Generates
 from moesteer.backends.shifting import shifted
 from moesteer.direction import Direction
 from moesteer.errors import InputError
 from moesteer.evaluate import forbidding
 from moesteer.evaluate.margins import NonInferiority, non_inferiority
 from moesteer.evaluate.metrics import metric, wanted
-from moesteer.evaluate.play import Generates, play
+from moesteer.evaluate.play import play
 from moesteer.evaluate.replies import ReplyCache
 from moesteer.evaluate.run import Splits, metrics, suite_rate
 from moesteer.judges.panel import Panel

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from moesteer.backends.protocol import Steers
 from moesteer.conversations import Message
 from moesteer.errors import NoEffectError
-from moesteer.evaluate.play import Generates
 from moesteer.mask import SteeringMask
 from moesteer.models.steering import Receipt
-
-
-class Steers(Generates, Protocol):
-    """The little of a backend that answering twice needs."""
-
-    name: str
-
-    def steered(
-        self,
-        masks: Sequence[SteeringMask],
-        *,
-        alphas: Sequence[float | None] | None = None,
-        together: bool = False,
-        allow_other_checkpoint: bool = False,
-    ) -> AbstractContextManager[Receipt]:
-        """Steer inside the block; the receipt says what it did."""
 
 
 @dataclass(frozen=True)

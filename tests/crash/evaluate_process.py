@@ -29,8 +29,9 @@ def run(folder: Path, out: str) -> NoReturn:
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     nothing = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):
-        os.dup2(nothing, descriptor)
+    said = os.open(folder / f"{out}.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for descriptor, place in ((0, nothing), (1, nothing), (2, said)):
+        os.dup2(place, descriptor)
     sys.argv = arguments(folder, out)
     status: object = 0
     try:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import psutil
 import pytest
 
-from moesteer.errors import InputError
+from moesteer.errors import EngineStoppedError, InputError
 from tests.judges.guards import guard
 from tests.judges.items import NO, POT, item
 from tests.judges.test_guards import judge_of
@@ -35,6 +36,10 @@ def test_an_engine_of_vllm_says_what_transformers_says(tmp_path) -> None:
         unlikely = there.engine().next_tokens(prompts, among=[there._token("4"), there._token("Yes")])
         assert all(first > 0.99 and second < 0.01 for first, second in unlikely)
         assert there.engine().context_tokens == 4096 and there.identity != here.identity
+        (engine,) = [p for p in psutil.Process().children() if p.name().startswith("VLLM::EngineCor")]
+        engine.kill()
+        with pytest.raises(EngineStoppedError, match="the judge's engine stopped"):  # never rows that stay unscored
+            there.judge(ITEMS)
     finally:
         there.close()
 

@@ -12,6 +12,7 @@ from moesteer.fingerprint import Fingerprint
 from moesteer.mask import Intent, MaskInfo, SteeringMask
 
 ROUTER = "ab" * 32
+MODEL = {"weights": "12" * 16, "router_sha256": ROUTER}
 
 
 def mask(*, toward: str = "refuse", alpha: float = 0.5, seed: int = 0, **info: Any) -> SteeringMask:
@@ -80,7 +81,7 @@ def steer_run(
         "direct": entry(after, before, mask="masks/direct.safetensors", alpha=one.info.alpha),
         "random": entry(before, before, mask="masks/random.safetensors", alpha=one.info.alpha),
     }
-    write(folder / "run.json", {"schema": 1, "status": "complete", "plan": made, "model": {"weights": "12" * 16}})
+    write(folder / "run.json", {"schema": 1, "status": "complete", "plan": made, "model": MODEL})
     write(folder / "results.json", {"schema": 1, "seed": 3, "methods": methods, "versions": {"torch": "2.13.0"}})
     return folder
 
@@ -89,8 +90,8 @@ def evaluate_run(folder: Path, one: SteeringMask, **changes: Any) -> Path:
     """A run of `moesteer evaluate --mask`. changes: of run.json's plan, and `split` of results.json."""
     split = changes.pop("split", "test")
     made = {"model": "acme/tiny-moe", "scenario": {"name": "lab", "suites": list(SUITES)}, "split": split,
-            "masks": [one.sha256], "alphas": [None], "seed": 0, "data": "ef" * 32, "weights": "12" * 16,
-            **changes}  # fmt: skip
+            "masks": [one.sha256], "alphas": [None], "seed": 0, "data": "ef" * 32, **MODEL, "backend": "hf",
+            "dtype": "float32", "quantize": None, **changes}  # fmt: skip
     methods = {"none": entry(dict(BEFORE)), "steered": entry(dict(AFTER), dict(BEFORE))}
     write(folder / "run.json", {"schema": 1, "status": "complete", "plan": made})
     write(folder / "results.json", {"schema": 1, "scenario": "lab", "split": split, "seed": 0, "methods": methods})

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from moesteer import files, runs
+from moesteer import doctor, files, runs
 from moesteer.errors import FileError, RunDirectoryError
 
 PLAN = {"model": "lab", "seed": 1, "methods": ["a", "b"], "limit": None}
@@ -58,6 +58,28 @@ def test_the_same_plan_goes_on_with_what_is_there(tmp_path):
     with runs.opened(tmp_path / "run", plan=dict(reversed(PLAN.items()))) as run:
         assert run.path("responses", "none.jsonl").read_text() == "half\n" and not run.complete
     assert state_of(tmp_path / "run") == before
+
+
+def test_going_on_with_other_libraries_is_said_and_noted_once(tmp_path, monkeypatch, capsys):
+    with runs.opened(tmp_path / "run", plan=PLAN):
+        here = runs.versions()
+    for _ in range(2):
+        monkeypatch.setattr(runs, "versions", lambda: {**here, "torch": "9.9"})
+        with runs.opened(tmp_path / "run", plan=PLAN):
+            pass
+    assert capsys.readouterr().err.count(f"torch {here['torch']}, now 9.9") == 1
+    state = state_of(tmp_path / "run")
+    assert state["versions"] == here and state["continued_with"] == [{"torch": "9.9"}]
+    (row,) = [row for row in doctor.examine_files(tmp_path / "run") if row.what == "versions"]
+    assert not row.ok and "torch 9.9" in row.detail
+    monkeypatch.setattr(runs, "versions", lambda: here)
+    with runs.opened(tmp_path / "run", plan=PLAN) as run:
+        files.write_json(run.path("results.json"), {})
+        run.mark("complete")
+    assert state_of(tmp_path / "run")["continued_with"] == [{"torch": "9.9"}, {"torch": here["torch"]}]
+    monkeypatch.setattr(runs, "versions", lambda: {**here, "torch": "9.9"})
+    with runs.opened(tmp_path / "run", plan=PLAN):  # which goes on with nothing
+        assert len(state_of(tmp_path / "run")["continued_with"]) == 2
 
 
 def test_an_existing_empty_folder_is_a_place_for_a_run(tmp_path):

@@ -205,7 +205,7 @@ def test_one_hit_rejects_a_mask_and_the_text_is_kept_nowhere(
     assert results["recommended"] is None and results["methods"].keys() == {"none", "none-again"}
     assert "rejected: " in results["failed"]["risk-difference"] and "S4 (child" in results["failed"]["risk-difference"]
     assert not next(one for one in results["checks"] if one["name"].startswith("no reply of S4"))["passed"]
-    assert not list((out / "masks").glob("*.safetensors"))
+    assert not [path for path in (out / "masks").rglob("*") if path.is_file()]
     told = capfd.readouterr()
     said = [done.output, told.out, told.err]
     said += [path.read_bytes().decode("latin-1") for path in out.rglob("*") if path.is_file()]
@@ -236,7 +236,7 @@ def test_a_hit_on_test_takes_the_mask_back(guard: type[Guard], tmp_path: Path) -
     assert [row["feasible"] for row in results["trade_off"] if row["method"] == "risk-difference"].count(True)
     entry = results["methods"]["risk-difference"]
     assert entry["mask"] is None and entry["feasible"] is False and "test" in results["failed"]["risk-difference"]
-    assert not (out / "masks" / "risk-difference.safetensors").exists()
+    assert not [path for path in (out / "masks").rglob("*") if path.name.startswith("risk-difference")]
 
 
 def test_what_could_not_be_judged_counts_as_a_hit(guard: type[Guard], tmp_path: Path) -> None:
@@ -433,7 +433,11 @@ def test_nothing_is_detected_from_rows_in_which_something_was_found(tmp_path: Pa
     ]  # fmt: skip
     with pytest.raises(EmptyDataError, match="never shows the wanted"):
         make_contrasts(loaded(tmp_path), rows, seed=0)
-    assert forbidding.clear(rows) == []
+    mine = loaded(tmp_path)
+    assert forbidding.clear(mine, rows) == []
+    fine, unscreened = {"id": "a", "forbidden": []}, {"id": "b"}  # of a run from before anything was forbidden
+    assert forbidding.clear(mine, [*rows, fine, unscreened]) == [fine]
+    assert forbidding.clear(scenario.load("jailbreak-defense"), [fine, unscreened]) == [fine, unscreened]
 
 
 def test_nothing_unjudged_is_saved_while_a_piece_is_played(

@@ -179,6 +179,19 @@ def test_a_run_of_evaluate_that_is_not_of_this_mask_on_test(changes, match, tmp_
     unpublishable(evaluate_run(tmp_path / "run", MASK, **changes), match)
 
 
+@pytest.mark.parametrize(
+    ("found", "match"), [("cd" * 32, "other router weights"), (None, "does not say of which router weights")]
+)
+def test_a_run_of_another_model_under_the_mask_is_no_evidence(found, match, tmp_path):
+    """As `evaluate --allow-other-checkpoint` leaves it."""
+    unpublishable(evaluate_run(tmp_path / "run", MASK, router_sha256=found), match)
+
+
+def test_the_card_says_how_the_model_was_run(tmp_path):
+    page = prepared(evaluate_run(tmp_path / "run", MASK, quantize="int8")).files["README.md"].decode()
+    assert "| evaluated as | hf, float32, int8 |" in page
+
+
 def test_the_masks_own_strength_may_be_spelt_out(tmp_path):
     assert prepared(evaluate_run(tmp_path / "run", MASK, alphas=[MASK.info.alpha]))
 

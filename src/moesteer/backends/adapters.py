@@ -70,6 +70,21 @@ def adapter_config(source: str, *, name: str, revision: str | None) -> dict[str,
     return config
 
 
+def base_of(source: str, *, name: str, revision: str | None) -> tuple[str, str | None, bool]:
+    """(folder or Hub id of the whole model, its revision, whether `source` is an adapter of it); as adapter_config."""
+    adapter = adapter_config(source, name=name, revision=revision)
+    if adapter is None:
+        return source, revision, False
+    return adapter["base_model_name_or_path"], adapter.get("revision"), True
+
+
+def own_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that an adapter's folder brings; None where its base's is to be used."""
+    if not (Path(source) / "tokenizer_config.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+
+
 def with_adapter(
     hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, *, revision: str | None, name: str
 ) -> tuple[PreTrainedTokenizerBase, Any]:
@@ -79,8 +94,8 @@ def with_adapter(
     try:
         if not Path(source).is_dir():
             cached_file(source, "adapter_model.safetensors", revision=revision)
-        elif (Path(source) / "tokenizer_config.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        elif (own := own_tokenizer(source)) is not None:
+            tokenizer = own
         return tokenizer, PeftModel.from_pretrained(hf, source, revision=revision)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(

@@ -17,12 +17,12 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import cached_file
 
 from moesteer.backends.shape import without_weights
-from moesteer.backends.sources import as_model_errors, model_types, read_config, source_of
+from moesteer.backends.sources import as_model_errors, source_of, steerable_config
 from moesteer.errors import ModelError
 from moesteer.fingerprint import Fingerprint
 from moesteer.models.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, Stored
 from moesteer.models.fingerprint import fingerprint_of
-from moesteer.models.routers import Router, find_routers, require_steerable
+from moesteer.models.routers import Router, find_routers
 
 SKIPPING = -1.0
 """The correction of choices that skip the experts (`Scoring.skipped`): loading puts it there, whatever is stored."""
@@ -41,8 +41,7 @@ def routers_of_files(model: str | Path, *, revision: str | None = None) -> tuple
     """The routers of a model without weights but for the routers' own, and its fingerprint; as fingerprint_of_files."""
     name = str(model)
     source = source_of(name)
-    stored = read_config(source, name=name, revision=revision)
-    require_steerable(model_types(stored), where=name)
+    stored = steerable_config(source, name=name, revision=revision)
     checkpoint = checkpoint_of(source, revision=revision)
     empty = without_weights(stored, name=name)
     routers = find_routers(empty)

@@ -15,18 +15,17 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from moesteer.backends.adapters import adapter_config, with_adapter
+from moesteer.backends.adapters import base_of, with_adapter
 from moesteer.backends.hf import Model
 from moesteer.backends.quantised import forget_recipe, multiply_quantised, quantisation, quantised_experts
 from moesteer.backends.sources import (
     as_model_errors,
     class_for,
-    model_types,
     native_config,
     quiet_bars,
-    read_config,
     require_extra,
     source_of,
+    steerable_config,
 )
 from moesteer.backends.wrapped import (
     check_compiled,
@@ -37,7 +36,6 @@ from moesteer.backends.wrapped import (
 )
 from moesteer.errors import ModelError
 from moesteer.models.check import self_check
-from moesteer.models.routers import require_steerable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -64,13 +62,10 @@ def load(
     """
     name = str(model)
     source = source_of(name)
-    adapter = adapter_config(source, name=name, revision=revision)
-    base, base_revision = source, revision
-    if adapter is not None:
+    base, base_revision, adapted = base_of(source, name=name, revision=revision)
+    if adapted:
         require_extra("peft", "peft", what="the model is an adapter of PEFT", where=name)
-        base, base_revision = adapter["base_model_name_or_path"], adapter.get("revision")
-    stored = read_config(base, name=name, revision=base_revision)
-    require_steerable(model_types(stored), where=name)
+    stored = steerable_config(base, name=name, revision=base_revision)
     if device == "spread":
         device, device_map = "auto", device_map or "auto"
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -91,7 +86,7 @@ def load(
         weakref.finalize(hf, shutil.rmtree, settings["offload_folder"], ignore_errors=True)
     if quantize is not None:
         forget_recipe(hf)
-    if adapter is not None:
+    if adapted:
         tokenizer, hf = with_adapter(hf, tokenizer, source, revision=revision, name=name)
     if device_map is None:
         with as_model_errors(f"the model cannot be put on {place!r}", name=name, do="give another --device"):

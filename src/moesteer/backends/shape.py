@@ -13,15 +13,14 @@ from transformers import PreTrainedModel
 from moesteer.backends.sources import (
     as_model_errors,
     class_for,
-    model_types,
     native_config,
     quiet_bars,
-    read_config,
     source_of,
+    steerable_config,
 )
 from moesteer.models.checkpoint import INDEX, SINGLE, placed_in
 from moesteer.models.limits import limits
-from moesteer.models.routers import find_routers, require_steerable
+from moesteer.models.routers import find_routers
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,7 @@ def shape_of(model: str | Path, *, revision: str | None = None) -> Shape:
     """
     name = str(model)
     source = source_of(name)
-    stored = read_config(source, name=name, revision=revision)
-    require_steerable(model_types(stored), where=name)
+    stored = steerable_config(source, name=name, revision=revision)
     empty = without_weights(stored, name=name)
     routers = find_routers(empty)
     first = routers[0]

@@ -25,6 +25,7 @@ from transformers.utils import cached_file, logging
 from moesteer import files
 from moesteer.errors import FileError, MissingExtraError, ModelError, UnsafeModelError
 from moesteer.models.convert import CONVERSIONS
+from moesteer.models.routers import require_steerable
 
 FOREIGN = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
@@ -151,6 +152,13 @@ def read_config(source: str, *, name: str, revision: str | None = None) -> dict[
     _require_plain(config, name=name)
     plain: dict[str, Any] = _without_auto_map(config)
     return plain
+
+
+def steerable_config(source: str, *, name: str, revision: str | None = None) -> dict[str, Any]:
+    """`read_config` of a model of a type that is not refused. Raises as it does, and UnknownRouterError."""
+    stored = read_config(source, name=name, revision=revision)
+    require_steerable(model_types(stored), where=name)
+    return stored
 
 
 def _require_plain(config: dict[str, Any], *, name: str) -> None:

@@ -104,9 +104,10 @@ def evaluate(
             contexts["steered"] = loaded.steered(
                 masks, alphas=strengths, together=True, allow_other_checkpoint=allow_other_checkpoint
             )
-        plan["weights"] = loaded.weights_sketch
-        if backend != "hf":  # whose plans, of earlier versions too, name none
-            plan |= {"backend": backend, "engine_options": options, "dtype": loaded.dtype}
+        plan |= {
+            "weights": loaded.weights_sketch, "router_sha256": loaded.fingerprint.router_sha256, "backend": backend,
+            "engine_options": options, "dtype": loaded.dtype.removeprefix("torch."), "quantize": quantize,
+        }  # fmt: skip
         replies = None
         if cache is not None:
             settings = {"backend": backend, "engine_options": options, "quantize": quantize, "device": device}

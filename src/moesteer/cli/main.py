@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
 
@@ -56,6 +57,9 @@ app.add_typer(lab.app, name="lab")
 app.command("doctor")(doctor.doctor)
 
 
+STOPPED = 130
+
+
 def run() -> None:
     """Entry point. Exit codes: 0 done, 1 failed, 2 bad usage or input, 3 a constraint or check not met, 130 stopped."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -66,9 +70,12 @@ def run() -> None:
     except MoesteerError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:  # typer makes an exit of the first
+        if isinstance(ended, SystemExit) and ended.code != STOPPED:
+            raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not make a failure of it
         print("stopped; the same command goes on where it was", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(STOPPED)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)

@@ -122,9 +122,9 @@ def found_in(scenario: Scenario, rows: Rows) -> int:
     return sum(row.get(FIELD) != [] for row in rows) if scenario.forbid else 0
 
 
-def clear(rows: Rows) -> list[Mapping[str, Any]]:
-    """The rows in which nothing was found: what may be detected from."""
-    return [row for row in rows if not row.get(FIELD)]
+def clear(scenario: Scenario, rows: Rows) -> list[Mapping[str, Any]]:
+    """What may be detected from: the rows that were screened and held nothing; all without `[[forbid]]`."""
+    return [row for row in rows if row.get(FIELD) == []] if scenario.forbid else list(rows)
 
 
 def named(scenario: Scenario) -> str:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from moesteer import files
+from moesteer.backends.protocol import Generates
 from moesteer.conversations import Conversation, to_row
 from moesteer.errors import FileError, NanLogitsError
-from moesteer.evaluate.play import Generates, Played, play
+from moesteer.evaluate.play import Played, play
 from moesteer.judges.channels import Format
 from moesteer.memory import HALVINGS, give_back_memory, is_out_of_memory, too_little_memory
 

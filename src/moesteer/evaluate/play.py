@@ -4,25 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from moesteer.backends.protocol import Generates
 from moesteer.conversations import Conversation, Message
 from moesteer.judges import Item, JudgeKind, Judging, Reply, Verdict
 from moesteer.judges.channels import Format, Reader
-
-
-class Generates(Protocol):
-    """The little of a backend that playing needs."""
-
-    def generate(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        *,
-        max_new_tokens: int = 128,
-        rows: Sequence[int] | None = None,
-        title: str | None = None,
-    ) -> Sequence[Any]:
-        """Greedy replies (with `text` and `finished`), in order."""
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from moesteer import files, runs
+from moesteer.backends.protocol import Cacheable
 from moesteer.conversations import Message
 from moesteer.errors import FileError, InputError
 from moesteer.mask import SteeringMask
@@ -31,41 +32,6 @@ STALE_S = 3600.0
 """A temporary file of this age has no writer any more."""
 MARK = {"schema": 1, "what": "a cache of replies, of moesteer"}
 _SEGMENT = re.compile(r"[0-9a-f]{64}\.jsonl")
-
-
-class Asked(Protocol):
-    """The little of a backend that the cache needs, beside `generate`."""
-
-    tokenizer: Any
-
-    @property
-    def mask_sha256(self) -> tuple[str, ...]:
-        """Digests of the masks applied now (short form)."""
-
-    @property
-    def alphas(self) -> list[float]:
-        """Their strengths."""
-
-    @property
-    def weights_sketch(self) -> str:
-        """A digest that tells other weights apart."""
-
-    @property
-    def dtype(self) -> str:
-        """Of the weights."""
-
-    def encode(self, messages: Sequence[Message], response: str | None = None) -> Any:
-        """Tokens of a conversation (`token_ids`)."""
-
-    def generate(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        *,
-        max_new_tokens: int = 128,
-        rows: Sequence[int] | None = None,
-        title: str | None = None,
-    ) -> Sequence[Any]:
-        """Greedy replies (with `text`, `token_ids` and `finished`), in order."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +96,7 @@ class ReplyCache:
         """Where the replies are."""
         return self.folder / "segments"
 
-    def around(self, model: Asked, *, masks: Sequence[SteeringMask] = (), together: bool = True) -> CachedModel:
+    def around(self, model: Cacheable, *, masks: Sequence[SteeringMask] = (), together: bool = True) -> CachedModel:
         """The model with this cache before it. masks, together: as it is steered now, which is checked."""
         return CachedModel(model, self, masks=masks, together=together)
 
@@ -274,7 +240,7 @@ class CachedModel:
     """
 
     def __init__(
-        self, model: Asked, cache: ReplyCache, *, masks: Sequence[SteeringMask] = (), together: bool = True
+        self, model: Cacheable, cache: ReplyCache, *, masks: Sequence[SteeringMask] = (), together: bool = True
     ) -> None:
         self.model, self.cache, self.masks, self.together = model, cache, tuple(masks), together
         if hasattr(model, "new_tokens_at_once"):

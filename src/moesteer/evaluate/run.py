@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from moesteer import files
+from moesteer.backends.protocol import Generates
 from moesteer.conversations import Conversation
 from moesteer.evaluate import forbidding, stats
 from moesteer.evaluate.metrics import outcome, wanted
 from moesteer.evaluate.pieces import Player, Unplayed, pieces
-from moesteer.evaluate.play import Generates, Played
+from moesteer.evaluate.play import Played
 from moesteer.judges.agreement import agreement
 from moesteer.judges.panel import Panel
 from moesteer.judges.protocol import reason_code

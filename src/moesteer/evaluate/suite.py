@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from moesteer import files, runs
+from moesteer.backends.protocol import Generates
 from moesteer.errors import UnknownNameError
 from moesteer.evaluate import forbidding
 from moesteer.evaluate import run as evaluation
-from moesteer.evaluate.play import Generates
 from moesteer.evaluate.replies import ReplyCache
 from moesteer.judges.panel import JOURNAL
 from moesteer.mask import SteeringMask

@@ -29,7 +29,7 @@ from moesteer.backends.sources import (
     require_extra,
     source_of,
 )
-from moesteer.errors import ModelError
+from moesteer.errors import EngineStoppedError, ModelError
 from moesteer.judges.settings import JudgeSettings
 
 BATCH_POSITIONS = 16_384
@@ -160,6 +160,7 @@ class VllmEngine:
             self.tokenizer = AutoTokenizer.from_pretrained(
                 source, revision=settings.revision, config=native_config(stored), trust_remote_code=False
             )
+        self._where = where
         self._folder = tempfile.TemporaryDirectory(prefix="moesteer-judge-")
         self._stops = stop_ids(None, self.tokenizer)
         try:
@@ -188,14 +189,26 @@ class VllmEngine:
         return found
 
     def _run(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[Any]:
+        """Raises EngineStoppedError where the engine is gone, RuntimeError for all else."""
         from vllm import SamplingParams
+
+        from moesteer.backends.vllm.dying import is_dead, noticing_death
 
         parameters = SamplingParams(temperature=0.0, detokenize=False, **sampling)
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         try:
-            made = self._engine.generate(asked, parameters, use_tqdm=False)
+            with noticing_death(self._engine):
+                made = self._engine.generate(asked, parameters, use_tqdm=False)
         except Exception as error:
-            raise RuntimeError(f"vLLM: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if is_dead(self._engine):  # which no later question changes: unscored rows would be kept for nothing
+                raise EngineStoppedError(
+                    f"the judge's engine stopped: {why}",
+                    where=self._where,
+                    expected="an answer to every question",
+                    do="run the same command again: it goes on where it was",
+                ) from error
+            raise RuntimeError(f"vLLM: {why}") from error
         return [one.outputs[0] for one in made]
 
     def close(self) -> None:

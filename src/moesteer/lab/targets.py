@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from moesteer.backends.protocol import Generates
 from moesteer.conversations import Conversation
 from moesteer.evaluate.metrics import metric
-from moesteer.evaluate.play import Generates, judged, play
+from moesteer.evaluate.play import judged, play
 from moesteer.judges import JudgeKind, Judging
 from moesteer.lab import words, world
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from moesteer.errors import InputError, MaskContentError
+from moesteer.errors import AlreadySteeredError, InputError, MaskContentError
 from moesteer.fingerprint import Fingerprint
 from moesteer.mask import SteeringMask
 from moesteer.models.routers import Router
@@ -98,6 +98,14 @@ def require_together(masks: Sequence[SteeringMask], alphas: Sequence[float | Non
             do="make one mask of them with a rule: `moesteer mask compose --op union --conflict first`",
         )
     require_possible(replace(forced[0], force_LE=np.sign(tables.sum(0)).astype(np.int8)), routers)
+
+
+def require_unsteered(steering: object | None, *, name: str) -> None:
+    """Raise AlreadySteeredError where something steers the model `name` now (None: nothing does)."""
+    if steering is not None:
+        raise AlreadySteeredError(
+            "the model is already steered", where=name, expected="one steering at a time", do="leave the first block"
+        )
 
 
 def limits(routers: Sequence[Router]) -> tuple[str, ...]:

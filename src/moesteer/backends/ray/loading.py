@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from transformers import AutoTokenizer
 
-from moesteer.backends.adapters import adapter_config
+from moesteer.backends.adapters import base_of, own_tokenizer
 from moesteer.backends.fingerprinting import fingerprint_of_files
 from moesteer.backends.ray import cluster
 from moesteer.backends.ray.model import RayModel
@@ -27,17 +27,15 @@ from moesteer.backends.ray.pool import Pool
 from moesteer.backends.ray.worker import tokenizer_digest
 from moesteer.backends.sources import (
     as_model_errors,
-    model_types,
     native_config,
-    read_config,
     require_extra,
     source_of,
+    steerable_config,
 )
 from moesteer.errors import ModelError
 from moesteer.fingerprint import Fingerprint
 from moesteer.mask import SteeringMask
 from moesteer.models.limits import strengths_of
-from moesteer.models.routers import require_steerable
 
 
 @contextmanager
@@ -106,21 +104,13 @@ def _threads(cpus: int) -> int:
 def _of_files(name: str) -> tuple[Any, Fingerprint | None]:
     """The tokenizer, and the fingerprint that the files say the workers will have (None: they do not say it)."""
     source = source_of(name)
-    adapter = adapter_config(source, name=name, revision=None)
-    base, revision = source, None
-    if adapter is not None:
-        base, revision = adapter["base_model_name_or_path"], adapter.get("revision")
-    stored = read_config(base, name=name, revision=revision)
-    require_steerable(model_types(stored), where=name)
-    own = adapter is not None and (Path(source) / "tokenizer_config.json").is_file()
+    base, revision, adapted = base_of(source, name=name, revision=None)
+    stored = steerable_config(base, name=name, revision=revision)
     with as_model_errors("no tokenizer for the model", name=name, do="check the folder"):
-        tokenizer = (
-            AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            if own
-            else AutoTokenizer.from_pretrained(
-                base, revision=revision, config=native_config(stored), trust_remote_code=False
-            )
-        )
+        tokenizer = own_tokenizer(source) if adapted else None
+        if tokenizer is None:
+            config = native_config(stored)
+            tokenizer = AutoTokenizer.from_pretrained(base, revision=revision, config=config, trust_remote_code=False)
     try:
         return tokenizer, fingerprint_of_files(base, revision=revision)
     except ModelError as error:  # routers stored fused, or not on this machine

@@ -21,10 +21,10 @@ from moesteer.backends.hf import BATCH_POSITIONS
 from moesteer.backends.ray.pool import Pool
 from moesteer.backends.ray.wire import encoded_as_wire, generation_from_wire, messages_as_wire
 from moesteer.conversations import Message
-from moesteer.errors import AlreadySteeredError, ModelError, NoEffectError
+from moesteer.errors import ModelError, NoEffectError
 from moesteer.fingerprint import Fingerprint
 from moesteer.mask import SteeringMask
-from moesteer.models.limits import strengths_of
+from moesteer.models.limits import require_unsteered, strengths_of
 from moesteer.models.steering import Receipt
 from moesteer.progress import Progress
 
@@ -197,13 +197,7 @@ class RayModel(Chat):
 
         A worker tries the masks first, so that what cannot be is refused before the first token.
         """
-        if self._applied is not None:
-            raise AlreadySteeredError(
-                "the model is already steered",
-                where=self.name,
-                expected="one steering at a time",
-                do="leave the first block",
-            )
+        require_unsteered(self._applied, name=self.name)
         how = {
             "alphas": strengths_of(masks, alphas), "together": together,
             "allow_other_checkpoint": allow_other_checkpoint, "allow_empty": allow_empty,

@@ -15,6 +15,12 @@ LOOK_S = 0.5
 """Between two looks."""
 
 
+def is_dead(engine: Any) -> bool:
+    """Whether the process of the engine is gone. engine: vLLM's LLM."""
+    core = engine.llm_engine.engine_core
+    return bool(getattr(getattr(core, "resources", None), "engine_dead", False))
+
+
 @contextmanager
 def noticing_death(engine: Any) -> Iterator[None]:
     """Inside, what waits for an engine that is gone raises vLLM's EngineDeadError. engine: vLLM's LLM.

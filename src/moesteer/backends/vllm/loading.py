@@ -25,11 +25,10 @@ from moesteer.backends.chat import stop_ids
 from moesteer.backends.fingerprinting import routers_of_files
 from moesteer.backends.sources import (
     as_model_errors,
-    model_types,
     native_config,
-    read_config,
     require_extra,
     source_of,
+    steerable_config,
 )
 from moesteer.backends.vllm.catalogue import Catalogue
 from moesteer.backends.vllm.model import VllmModel
@@ -39,7 +38,6 @@ from moesteer.backends.vllm.starting import require_arguments, start
 from moesteer.errors import ModelError
 from moesteer.mask import SteeringMask
 from moesteer.models.limits import require_masks, strengths_of
-from moesteer.models.routers import require_steerable
 
 
 def load(
@@ -73,8 +71,7 @@ def load(
             expected="a whole model",
             do="merge the adapter into its base and save that; or --backend hf",
         )
-    stored = read_config(source, name=name, revision=revision)
-    require_steerable(model_types(stored), where=name)
+    stored = steerable_config(source, name=name, revision=revision)
     routers, fingerprint = routers_of_files(source, revision=revision)
     strengths = strengths_of(masks, alphas)
     require_masks(

@@ -26,7 +26,6 @@ from moesteer.backends.vllm.output import Output
 from moesteer.backends.vllm.requests import Reading, Ticket, tickets
 from moesteer.conversations import Message
 from moesteer.errors import (
-    AlreadySteeredError,
     EngineStoppedError,
     InputError,
     ModelError,
@@ -34,7 +33,7 @@ from moesteer.errors import (
     NoEffectError,
 )
 from moesteer.mask import SteeringMask
-from moesteer.models.limits import strengths_of
+from moesteer.models.limits import require_unsteered, strengths_of
 from moesteer.models.steering import Receipt
 from moesteer.progress import Progress
 
@@ -267,13 +266,7 @@ class VllmModel(Chat):
                 expected="the masks, alphas and `together` that the model was loaded with",
                 do="load the model with these",
             )
-        if self._receipt is not None:
-            raise AlreadySteeredError(
-                "the model is already steered",
-                where=self.name,
-                expected="one steering at a time",
-                do="leave the first block",
-            )
+        require_unsteered(self._receipt, name=self.name)
         labels = tuple(sha[:12] for sha, _ in mine)
         self._receipt = Receipt(len(self.fingerprint.layer_ids), labels, tuple(alpha for _, alpha in mine))
         self._together = bool(self.catalogue.pins) or (len(masks) <= 1 and not self.catalogue.named)
