@@ -141,14 +141,14 @@ def _from_pretrained(
                 source, revision=revision, config=config, trust_remote_code=False, use_safetensors=True,
                 output_loading_info=True, **settings,
             )  # fmt: skip
-        _require_whole(info, name=name)
+        require_whole(info, name=name)
     except ModelError:
         shutil.rmtree(settings.get("offload_folder", ""), ignore_errors=True)
         raise
     return tokenizer, hf
 
 
-def _require_whole(info: dict[str, Any], *, name: str) -> None:
+def require_whole(info: dict[str, Any], *, name: str) -> None:
     """Raise ModelError for tensors that were not in the files, by transformers' own report (tied ones are not)."""
     lost = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
     if lost:

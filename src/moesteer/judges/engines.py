@@ -16,10 +16,10 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moesteer import files
-from moesteer.backends.adapters import adapter_config, with_adapter
+from moesteer.backends.adapters import base_of, with_adapter
 from moesteer.backends.chat import length_batches, stop_ids
 from moesteer.backends.fingerprinting import checkpoint_of
-from moesteer.backends.loading import DTYPES
+from moesteer.backends.loading import DTYPES, require_whole
 from moesteer.backends.sources import (
     as_model_errors,
     class_for,
@@ -80,17 +80,10 @@ class HfEngine:
                 base, revision=revision, config=config, trust_remote_code=False, use_safetensors=True,
                 output_loading_info=True, dtype=wanted,
             )  # fmt: skip
-            lost = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+            require_whole(info, name=where)
             if adapted:
                 tokenizer, hf = with_adapter(hf, tokenizer, source_of(model), revision=settings.revision, name=where)
             hf = hf.to(place).eval()
-        if lost:
-            raise ModelError(
-                f"{len(lost)} tensors are not in the checkpoint, or of another shape: {', '.join(lost[:3])}"[:400],
-                where=where,
-                expected="every weight of the judge: transformers would fill the gaps with random numbers",
-                do="fetch the checkpoint again",
-            )
         self.tokenizer, self._hf = tokenizer, hf
         self.context_tokens = int(getattr(hf.config.get_text_config(), "max_position_embeddings", 1 << 30))
         self._stops = stop_ids(hf.generation_config, tokenizer)
@@ -219,12 +212,10 @@ class VllmEngine:
 
 def _base_of(model: str, revision: str | None, *, where: str) -> tuple[str, str | None, bool]:
     """What transformers loads: the model itself, or the base of an adapter; and whether it is one."""
-    source = source_of(model)
-    adapter = adapter_config(source, name=where, revision=revision)
-    if adapter is None:
-        return source, revision, False
-    require_extra("peft", "peft", what="the judge is an adapter of PEFT", where=where)
-    return adapter["base_model_name_or_path"], adapter.get("revision"), True
+    found = base_of(source_of(model), name=where, revision=revision)
+    if found[2]:
+        require_extra("peft", "peft", what="the judge is an adapter of PEFT", where=where)
+    return found
 
 
 _TEXTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
