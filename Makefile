@@ -61,11 +61,13 @@ check: $(VENV)/.dev
 	$(BIN)/python docs/make_cli.py --check
 	$(BIN)/python docs/make_families.py --check
 	$(BIN)/python docs/make_scaling.py --check
+	$(BIN)/python docs/make_schemas.py --check
 
 docs: $(VENV)/.moesteer
 	$(BIN)/python docs/make_cli.py
 	$(BIN)/python docs/make_families.py
 	$(BIN)/python docs/make_scaling.py
+	$(BIN)/python docs/make_schemas.py
 
 bench: $(VENV)/.moesteer
 	$(OFFLINE) $(BIN)/python bench/overhead.py

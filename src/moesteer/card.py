@@ -19,11 +19,11 @@ from moesteer.evaluate.margins import needed_items
 from moesteer.evaluate.metrics import METRICS
 from moesteer.evidence import DIRECT, SAFETY, Evidence, JudgeModel, Suite, beyond_margin
 from moesteer.mask import SteeringMask
+from moesteer.report.markdown import inert
 from moesteer.report.run_files import Difference, Interval
 from moesteer.version import __version__
 
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}", re.ASCII)
-MOST_TEXT = 1000
 LAB = ("lab-tiny", "lab-smol")
 WARNING = (
     "**A mask can remove safety behaviour as well as add it.** It changes which experts a model chooses, and with them "
@@ -63,15 +63,6 @@ def card(mask: SteeringMask, evidence: Evidence, *, repo: str, licence: str) -> 
         _settings(mask, evidence),
     )
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def inert(value: Any, *, most: int = MOST_TEXT) -> str:
-    """Text that Markdown, HTML, entities, formulas and link finders leave as it is; one line, cut at `most`."""
-    kept = "".join(c if c.isprintable() else " " for c in str(value))[:most]
-    kept = cells.text(kept.replace("&", "&amp;"))
-    kept = kept.replace("$", "\\$").replace("~", "\\~")
-    # a zero-width space: bare addresses become links after escapes and entities are resolved
-    return re.sub(r"(?i)(://|www|@)", lambda found: found[0] + "\u200b", kept)
 
 
 def hub_id(model: str) -> str | None:

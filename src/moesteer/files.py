@@ -35,6 +35,7 @@ LIMITS_BYTES = {
     "shard": 2048 * MIB,
     "journal": 1024 * MIB,
     "replies": 256 * MIB,
+    "report": 64 * MIB,
 }
 """The largest file of each kind that is read, in bytes."""
 

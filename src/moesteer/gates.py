@@ -66,37 +66,42 @@ def fit(model: Model, scenario: Scenario, *, fit_rows: Rows, select_rows: Rows, 
     shut = {suite.name for suite in scenario.protected if suite.gate == "shut"}
     target = scenario.target.name
     probe = gate.fit(
-        _side(model, _last(fit_rows, target)), _side(model, _every(fit_rows, shut)), seed=seed
+        side_of(model, last(fit_rows, target)), side_of(model, every(fit_rows, shut)), seed=seed
     )  # fmt: skip
     measured = [
-        _side(model, rows).pooled[probe.pool] for rows in (_last(select_rows, target), _every(select_rows, shut))
+        side_of(model, rows).pooled[probe.pool] for rows in (last(select_rows, target), every(select_rows, shut))
     ]
     return ScenarioGate(probe, measured[0], measured[1], scenario.name)
 
 
 @dataclass(frozen=True)
-class _Request:
+class Request:
+    """A prompt that ends in a user's message, as it was played."""
+
     messages: tuple[Message, ...]
     group: str
     tactic: str | None
 
 
-def _last(rows: Rows, suite: str) -> list[_Request]:
+def last(rows: Rows, suite: str) -> list[Request]:
+    """The last request of every conversation of a suite."""
     return [list(_requests(row))[-1] for row in rows if row["suite"] == suite]
 
 
-def _every(rows: Rows, suites: set[str]) -> list[_Request]:
+def every(rows: Rows, suites: set[str]) -> list[Request]:
+    """Every request of these suites, those of earlier turns included."""
     return [request for row in rows if row["suite"] in suites for request in _requests(row)]
 
 
-def _requests(row: Mapping[str, Any]) -> Iterator[_Request]:
+def _requests(row: Mapping[str, Any]) -> Iterator[Request]:
     """Every prefix of a played conversation that ends in a user's message, the first turn first."""
     messages = tuple(Message(m["role"], m["content"]) for m in row["messages"])
     for end, message in enumerate(messages, start=1):
         if message.role == "user":
-            yield _Request(messages[:end], str(row["group"]), row["tactic"])
+            yield Request(messages[:end], str(row["group"]), row["tactic"])
 
 
-def _side(model: Model, requests: Sequence[_Request]) -> gate.Side:
+def side_of(model: Model, requests: Sequence[Request]) -> gate.Side:
+    """Requests as the probe sees them: pooled logits in every pool."""
     pooled = pooled_logits(model, [model.encode(one.messages) for one in requests], POOLS)
     return gate.Side(pooled, [one.group for one in requests], [one.tactic for one in requests])

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moesteer import contrasts, files, gates, runs
+from moesteer import contrasts, files, gates, routing_shown, runs
 from moesteer import scenario as scenarios
 from moesteer.backends.chat import Encoded
 from moesteer.backends.hf import Model
@@ -203,9 +203,19 @@ class _Steering:
                 played[name] = self._evaluate(replace(candidate, method=name), split="test")
         best = self._without_forbidden(played, chosen, best)
         self._forgets_candidates(scored)
+        self._keeps_routing(played, best)
         return results_of(
             self.model, self.scenario, self.data, played, scored=scored, chosen=chosen, best=best, facts=self.facts,
             seconds=self.clock.seconds, detect_seconds=self.detect_seconds, failed=self.failed, seed=self.seed,
+        )  # fmt: skip
+
+    def _keeps_routing(self, played: Mapping[str, Played], best: str | None) -> None:
+        """One conversation's routing without the recommended mask and with it, for the report."""
+        rows = {name: forbidding.clear(self.scenario, found.rows) for name, found in played.items()}
+        mask = played[best].candidate.mask if best is not None else None
+        routing_shown.keep(
+            self.run.folder, self.model, name=best, none=rows[BASE], after=rows[best] if best is not None else (),
+            masks=[mask] if mask is not None else (),
         )  # fmt: skip
 
     def _chosen(self, scored: Mapping[str, Sequence[Scored]]) -> dict[str, Scored]:

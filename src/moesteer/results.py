@@ -78,7 +78,7 @@ def results_of(
     everything = [one for found in scored.values() for one in found]
     return {
         "schema": 1,
-        "model": _model_facts(model),
+        "model": model_facts(model),
         "scenario": scenarios.as_json(scenario),
         "seed": seed,
         "versions": runs.versions(),
@@ -109,7 +109,8 @@ def _gate_facts(candidate: Candidate) -> dict[str, Any] | None:
     return candidate.mask.info.gate.model_dump(mode="json")
 
 
-def _model_facts(model: Model) -> dict[str, Any]:
+def model_facts(model: Model) -> dict[str, Any]:
+    """What results.json says of a model."""
     fingerprint = model.fingerprint
     return {
         "name": model.name, "model_type": fingerprint.model_type, "layers": list(fingerprint.layer_ids),
@@ -124,9 +125,9 @@ def _checks(scenario: Scenario, played: Mapping[str, Played], best: str | None) 
     none, again = played[BASE].rows, played[NULL].rows
     changed = sum(a["response"] != b["response"] for a, b in zip(none, again, strict=True))
     checks = [
-        _check("self-check at load", True, "one steered layer selects what routing.py selects, and comes off"),
-        _check("unsteered twice gives the same replies", changed == 0, f"{changed} of {len(none)} differ"),
-        _check(
+        check("self-check at load", True, "one steered layer selects what routing.py selects, and comes off"),
+        check("unsteered twice gives the same replies", changed == 0, f"{changed} of {len(none)} differ"),
+        check(
             "a method within the margins was found", best is not None,
             f"{best} on the select split" if best else "none of the candidates keeps every protected suite",
         ),
@@ -134,7 +135,7 @@ def _checks(scenario: Scenario, played: Mapping[str, Played], best: str | None) 
     if scenario.forbid:
         counts = {name: forbidding.found_in(scenario, found.rows) for name, found in played.items()}
         told = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
-        checks.append(_check(f"no reply of {forbidding.named(scenario)}", not told, told or "all were judged for it"))
+        checks.append(check(f"no reply of {forbidding.named(scenario)}", not told, told or "all were judged for it"))
     if best is None:
         return checks
     checks.append(_changes_selections(best, played[best].receipt))
@@ -144,8 +145,8 @@ def _checks(scenario: Scenario, played: Mapping[str, Played], best: str | None) 
 def _changes_selections(best: str, receipt: Mapping[str, int] | None) -> dict[str, Any]:
     name = "the mask changes selections"
     if receipt is None:
-        return _check(name, False, f"no receipt says what the mask of {best} did on the test split")
-    return _check(name, receipt["changed"] > 0, f"{receipt['changed']} of {receipt['checked']} checked selections")
+        return check(name, False, f"no receipt says what the mask of {best} did on the test split")
+    return check(name, receipt["changed"] > 0, f"{receipt['changed']} of {receipt['checked']} checked selections")
 
 
 def _within_margin(
@@ -161,15 +162,16 @@ def _within_margin(
         groups=[str(b["group"]) for b, _ in pairs],
     )
     if found.loss is None:
-        return _check(name, False, "nothing on test was scored both with and without the mask")
+        return check(name, False, "nothing on test was scored both with and without the mask")
     points = 0.0 - 100 * found.loss  # 0 - 0 is no minus zero
     detail = f"{points:+.1f} points on test, margin {100 * suite.margin:g}; {_IN_WORDS[found.status]}"
     if not found.measured:
         detail += f"; {found.unscored} of {len(pairs)} not scored on both sides"
-    return _check(name, found.measured and found.loss <= suite.margin + _ROUNDING, detail)
+    return check(name, found.measured and found.loss <= suite.margin + _ROUNDING, detail)
 
 
-def _check(name: str, passed: bool, detail: str) -> dict[str, Any]:
+def check(name: str, passed: bool, detail: str) -> dict[str, Any]:
+    """An entry of `checks`."""
     return {"name": name, "passed": bool(passed), "detail": detail}
 
 

@@ -267,7 +267,8 @@ def _is_beginning(name: str) -> bool:
 def _empty(folder: Path) -> None:
     for name in ("trace", "masks", "responses"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("results.json", "report.html", "splits.json", "verdicts.jsonl", RUN):
+    for name in ("results.json", "experts.json", "routing.json", "report.html", "card.md", "splits.json",
+                 "verdicts.jsonl", RUN):  # fmt: skip
         files.remove(folder / name)
 
 

@@ -25,10 +25,10 @@ from moesteer.direction import Direction
 from moesteer.errors import InputError
 from moesteer.evaluate import forbidding
 from moesteer.evaluate.margins import NonInferiority, non_inferiority
-from moesteer.evaluate.metrics import metric, wanted
-from moesteer.evaluate.play import play
+from moesteer.evaluate.metrics import metric
 from moesteer.evaluate.replies import ReplyCache
 from moesteer.evaluate.run import Splits, metrics, suite_rate
+from moesteer.evaluate.together import answer_of, rows_together
 from moesteer.judges.panel import Panel
 from moesteer.mask import SteeringMask
 from moesteer.progress import Progress
@@ -233,28 +233,13 @@ def _play_together(
     found: dict[str, list[dict[str, Any]]] = {c.label: [] for c in candidates}
     for suite in scenario.suites:
         conversations = data[suite.name]["select"]
-        repeated = [c for _ in candidates for c in conversations]
-        rows = [number for number in numbers for _ in conversations] if used else None
         with applied(model, candidates) as (steered, _):
-            turns = suite.play == "turns"
             asked = through(cache, steered, candidates)
-            played = play(
-                asked, repeated, turns=turns, max_new_tokens=scenario.max_new_tokens, rows=rows,
-                reasoning=scenario.judging.reasoning,
-            )  # fmt: skip
-        rulings = judges.rule(suite.judges, [p.item for p in played])
-        forbidden = forbidding.findings(scenario, judges, [p.item for p in played])
-        for i, candidate in enumerate(candidates):
-            part = slice(i * len(conversations), (i + 1) * len(conversations))
-            for p, ruling, hits in zip(played[part], rulings[part], forbidden[part], strict=True):
-                success = wanted(suite.metrics[0], ruling.verdict)
-                row = p.as_row(suite.name, ruling.verdict, success=success)
-                kept = {key: row[key] for key in ("id", "suite", "tactic", "response", "verdict", "success")}
-                kept |= ruling.fields()
-                if candidate.label == BASE:  # what a gate is measured on
-                    kept |= {key: row[key] for key in ("group", "messages")}
-                found[candidate.label].append({"candidate": candidate.label, **forbidding.marked(kept, hits)})
-        progress.advance(len(repeated), note=suite.name)
+            made = rows_together(asked, scenario, suite, conversations, masks=numbers, judges=judges)
+        for candidate, rows in zip(candidates, made, strict=True):
+            keep = ("group", "messages") if candidate.label == BASE else ()  # what a gate is measured on
+            found[candidate.label] += [{"candidate": candidate.label, **answer_of(row, keep=keep)} for row in rows]
+        progress.advance(len(candidates) * len(conversations), note=suite.name)
     return found
 
 

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import report_fixture as fixture
 
 from moesteer.errors import FileError, MaskFileError
+from moesteer.evaluate.cells import MINUS, NOTHING
 from moesteer.report import examples, figures, labels, run_files, wording
-from moesteer.report.html import content_policy, render, script_json, write_report
+from moesteer.report.html import render, write_report
+from moesteer.report.page import content_policy, script_json
+from tests.page_reading import Page, resolve
 
 EVIL = """</script><script>window.hit=1</script><img src=x onerror="window.hit=1"> '"&{{7*7}}"""
-
-
-class Page(HTMLParser):
-    """What a browser would see: elements, their attributes, the text outside scripts, the <data> numbers."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-        self.numbers: list[tuple[str, str, str]] = []
-        self.words: list[str] = []
-        self._inside: list[str] = []
-        self._data: dict[str, str | None] | None = None
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag in ("script", "style"):
-            self._inside.append(tag)
-            self.scripts += [""] if tag == "script" else []
-        if tag == "data":
-            self._data = dict(attrs)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("script", "style"):
-            self._inside.pop()
-        if tag == "data":
-            self._data = None
-
-    def handle_data(self, data: str) -> None:
-        if self._inside:
-            if self._inside[-1] == "script":
-                self.scripts[-1] += data
-            return
-        self.words.append(data)
-        if self._data is not None:
-            self.numbers.append((self._data["title"] or "", self._data["value"] or "", data))
-
-    @property
-    def text(self) -> str:
-        """All visible words, with single spaces."""
-        return " ".join("".join(self.words).split())
 
 
 @pytest.fixture
@@ -79,13 +39,6 @@ def edit(run: Path, change: Any) -> None:
     fixture.write_json(run / "results.json", results)
 
 
-def resolve(value: Any, pointer: str) -> Any:
-    for part in pointer.split("/")[1:]:
-        key = part.replace("~1", "/").replace("~0", "~")
-        value = value[int(key)] if isinstance(value, list) else value[key]
-    return value
-
-
 def test_every_number_on_the_page_is_the_one_in_results_json(run: Path) -> None:
     results = json.loads((run / "results.json").read_text())
     page = Page(render(run))
@@ -96,13 +49,13 @@ def test_every_number_on_the_page_is_the_one_in_results_json(run: Path) -> None:
         found = resolve(results, pointer)
         assert json.loads(value) == found, pointer
         if found is None:
-            assert wording.NOTHING in text
+            assert NOTHING in text
         elif re.fullmatch(r"/methods/[^/]+/(metrics|by_tactic)/.*/(value|low|high)", pointer):
             assert text.replace("\xa0%", "") == f"{100 * found:.1f}"
         elif pointer.endswith(("/n", "/unscored", "/experts", "/groups")):
             assert text == str(found)
         elif pointer.endswith("/difference"):
-            assert float(text.replace(wording.MINUS, "-")) == pytest.approx(100 * found, abs=0.0501)
+            assert float(text.replace(MINUS, "-")) == pytest.approx(100 * found, abs=0.0501)
 
 
 def test_every_metric_of_every_method_is_shown(run: Path) -> None:
@@ -118,7 +71,7 @@ def test_every_metric_of_every_method_is_shown(run: Path) -> None:
 def test_outcome_is_computed_from_the_numbers(run: Path) -> None:
     assert (
         "direct at alpha 0.75 (23 experts) raises the defence success rate from 47.1 % to 94.2 % (n = 240 in the test "
-        f"split, behaviours and tactics unseen in fitting); benign accuracy changes by {wording.MINUS}0.4 points."
+        f"split, behaviours and tactics unseen in fitting); benign accuracy changes by {MINUS}0.4 points."
     ) in Page(render(run)).text
 
 

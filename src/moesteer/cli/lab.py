@@ -17,23 +17,53 @@ app = typer.Typer(help="The lab: small models of our own, and the world they wer
 
 @app.command("build")
 def build(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="tiny.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("runs/lab-tiny"),
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="tiny; or a variant of it: tiny-concentrated, tiny-tuned, tiny-int8, tiny-int4.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder of the model.", show_default="runs/lab-NAME")] = None,
     seed: Seed = 0,
+    shipped: Annotated[
+        bool,
+        typer.Option("--shipped", help="Write the tiny-concentrated that comes with moesteer."),
+    ] = False,
+    base: Annotated[str, typer.Option(help="For a variant: the lab model to make it from.")] = "lab-tiny",
     json: Json = False,
 ) -> None:
-    """Train lab tiny from nothing: ten to twenty minutes on two cores, the same weights on the same machine."""
-    if name != "tiny":
-        raise UnknownNameError(f"no lab model {name!r}", where="lab build", expected="tiny", do="build tiny")
-    from moesteer.lab import train
+    """Train lab tiny from nothing (ten to twenty minutes on two cores), or make a variant of it.
 
+    The same weights on the same machine. tiny-concentrated: refusals rest on four experts (two to three minutes).
+    tiny-tuned: all weights tuned a little on harmless dialogues. tiny-int8, tiny-int4: weights rounded as torchao does.
+    """
+    from moesteer.lab import train, variants
+
+    if name != "tiny" and name not in variants.NAMES:
+        raise UnknownNameError(
+            f"no lab model {name!r}",
+            where="lab build",
+            expected=f"tiny, {', '.join(variants.NAMES)}",
+            do="build one of these",
+        )
+    folder = out or Path("runs") / f"lab-{name}"
     show.quiet_transformers()
-    losses = train.build(out, seed=seed)
-    facts = {"folder": str(out), "last_loss": {stage: sum(found[-20:]) / 20 for stage, found in losses.items()}}
+    losses: dict[str, list[float]] = {}
+    if shipped:
+        variants.compose(name, folder)
+    elif name == "tiny":
+        losses = train.build(folder, seed=seed)
+    else:
+        losses = variants.build(name, folder, base=base, seed=seed)
+    facts = {"folder": str(folder), "last_loss": {stage: sum(found[-20:]) / 20 for stage, found in losses.items()}}
     if json:
         show.print_json(facts)
     else:
-        typer.echo(f"trained into {out}; check it with: moesteer lab check {out}")
+        made = "written" if shipped or not losses else "trained"
+        test = f"moesteer lab check {folder}" + (" --concentrated" if name == "tiny-concentrated" else "")
+        typer.echo(f"{made} into {folder}; check it with: {test}")
 
 
 @app.command("data")
@@ -56,14 +86,19 @@ def data(
 @app.command("check")
 def check(
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help="A lab model's folder.")] = "lab-tiny",
+    concentrated: Annotated[
+        bool, typer.Option("--concentrated", help="Also whether its refusals rest on the four experts they should.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Whether a lab model has the strengths and the weakness it was made for (test split, greedy). Exit 3 if not."""
     from moesteer.backends.loading import load
     from moesteer.lab.targets import check as check_targets
+    from moesteer.lab.variants import check_concentrated
 
     show.quiet_transformers()
-    found = check_targets(load(model))
+    loaded = load(model)
+    found = check_targets(loaded) + (check_concentrated(loaded) if concentrated else [])
     if json:
         show.print_json([row.as_json() for row in found])
     else:

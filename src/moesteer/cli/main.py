@@ -10,11 +10,13 @@ import warnings
 import typer
 
 from moesteer.cli import (
+    audit,
     capture,
     compare_logs,
     demo,
     detect,
     doctor,
+    drift,
     evaluate,
     generate,
     judges,
@@ -27,6 +29,7 @@ from moesteer.cli import (
     serve,
     steer,
     suites,
+    ui,
 )
 from moesteer.errors import MoesteerError
 
@@ -43,9 +46,12 @@ app.command("steer")(steer.steer)
 app.command("capture")(capture.capture)
 app.command("detect")(detect.detect)
 app.add_typer(mask.app, name="mask")
+app.command("drift")(drift.drift)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
+app.command("audit")(audit.audit)
 app.command("serve")(serve.serve)
+app.command("ui")(ui.ui)
 app.command("lm-eval", context_settings=lm_eval.PASSED_ON)(lm_eval.lm_eval)
 app.command("compare-logs")(compare_logs.compare_logs)
 app.command("report")(report.report)

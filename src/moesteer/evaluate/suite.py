@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from moesteer import files, runs
+from moesteer import files, routing_shown, runs
 from moesteer.backends.protocol import Generates
 from moesteer.errors import UnknownNameError
 from moesteer.evaluate import forbidding
@@ -79,11 +79,13 @@ def _evaluate(
     masks: Sequence[SteeringMask],
 ) -> dict[str, Any]:
     rows: dict[str, list[dict[str, Any]]] = {}
+    strengths: dict[str, list[float]] = {}
     contexts: dict[str, AbstractContextManager[object]] = {"none": nullcontext(), **steered}
     with scenario.panel(journal=out / JOURNAL if out else None) as panel:
         forbidding.require(scenario, panel, cached=cache is not None)
         for name, context in contexts.items():
             with context:
+                strengths[name] = list(getattr(model, "alphas", ()))
                 acting = () if name == "none" else masks
                 asked: Generates = cache.around(model, masks=acting, together=True) if cache is not None else model
                 rows[name] = evaluation.evaluate_split(
@@ -91,6 +93,10 @@ def _evaluate(
                     journal=out / "responses" / f"{name}.jsonl" if out else None,
                 )  # fmt: skip
         asking = panel.counts()
+    if out is not None and masks:
+        name = next(name for name in rows if name != "none")
+        none, after = (forbidding.clear(scenario, rows[one]) for one in ("none", name))
+        routing_shown.keep(out, model, name=name, none=none, after=after, masks=masks, alphas=strengths[name] or None)
     results = {
         name: {
             "metrics": evaluation.metrics(scenario, found),

@@ -147,9 +147,15 @@ def train(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, stage:
     return losses
 
 
-def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """An ordinary Hugging Face folder, weights in bfloat16."""
-    model.to(torch.bfloat16).save_pretrained(folder)
+def save(
+    model: Qwen3MoeForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """An ordinary Hugging Face folder, weights in `dtype`."""
+    model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors writes its files for their owner alone

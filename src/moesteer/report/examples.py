@@ -81,7 +81,8 @@ def pair_up(before: Iterable[Response], after: Iterable[Response]) -> tuple[list
     """Conversations that both files hold, in the order that is blind to what was said, and the counts."""
     first = {(row.suite, row.id): row for row in before}
     second = {(row.suite, row.id): row for row in after}
-    shared = sorted(first.keys() & second.keys(), key=lambda key: sha256("\0".join(key).encode()))
+    # any text is an id, halves of characters too
+    shared = sorted(first.keys() & second.keys(), key=lambda key: sha256("\0".join(key).encode(errors="surrogatepass")))
     pairs = [Pair(before=first[key], after=second[key]) for key in shared]
     directions = Counter(pair.direction for pair in pairs)
     counts = Counts(

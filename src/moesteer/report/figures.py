@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from moesteer.report.labels import place_labels, point_label
+from moesteer.report.numbers import percent
 from moesteer.report.run_files import Interval, MaskFile, Point, Results
-from moesteer.report.wording import LOWER_IS_BETTER, metric_name, percent, printable, unseen_tactics
+from moesteer.report.wording import LOWER_IS_BETTER, metric_name, printable, unseen_tactics
 
 Figure = dict[str, Any]
 
 METHOD_COLOURS = {
     "none": "@ink",
     "none-again": "@muted",
-    "random": "#8b919b",
-    "risk-difference": "#2f9e6e",
-    "masc-published": "#d9822b",
-    "masc": "#9a6bd6",
-    "direct": "#3a7de0",
+    "random": "@muted",
+    "risk-difference": "@green",
+    "masc-published": "@orange",
+    "masc": "@purple",
+    "direct": "@blue",
 }
 METHOD_SYMBOLS = {
     "none": "diamond",
@@ -36,7 +38,7 @@ METHOD_SYMBOLS = {
     "masc": "triangle-down",
     "direct": "circle",
 }
-OTHER_COLOURS = ("#c8518f", "#3aa3b8", "#a08a2e", "#7c6fe0", "#c0504d")
+OTHER_COLOURS = ("@pink", "@teal", "@olive", "@rust")
 NARROW_PX = 560
 """Below this a figure is laid out for a telephone (report.js has the same number)."""
 
@@ -79,7 +81,8 @@ def _range(values: list[float], *, room: float = 0.08) -> list[float]:
     return [low - pad, high + max(pad, room * (high - low + pad))]
 
 
-def _axis(title: str, span: list[float], *, sparse: bool = False) -> Figure:
+def share_axis(title: str, span: list[float], *, sparse: bool = False) -> Figure:
+    """An axis of shares, in per cent, with round ticks. sparse: every other one."""
     at = ticks(*span)
     at = at[::-2][::-1] if sparse and len(at) > 4 else at
     return {
@@ -95,7 +98,8 @@ def _axis(title: str, span: list[float], *, sparse: bool = False) -> Figure:
     }
 
 
-def _layout(height: int, **more: Any) -> Figure:
+def layout(height: int, **more: Any) -> Figure:
+    """What every figure has in common. more: the rest of plotly's layout."""
     return {
         "height": height,
         "margin": {"l": 60, "r": 16, "t": 16, "b": 48},
@@ -151,15 +155,15 @@ def trade_off(results: Results, *, width_px: int) -> Figure | None:
     chosen = [place for point, place in placed if point.chosen]
     if chosen:
         traces.append(_rings(chosen))
-    layout = _layout(
+    laid = layout(
         height,
-        xaxis=_axis(f"{label(metric_name(x_metric))} (select split)", spans[0], sparse=narrow),
-        yaxis=_axis(label(metric_name(y_metric)), spans[1]),
+        xaxis=share_axis(f"{label(metric_name(x_metric))} (select split)", spans[0], sparse=narrow),
+        yaxis=share_axis(label(metric_name(y_metric)), spans[1]),
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         shapes=[_limit_line(limit)] if limit is not None else [],
         annotations=[_limit_label(limit)] if limit is not None else [],
     )
-    return {"data": traces, "layout": layout}
+    return {"data": traces, "layout": laid}
 
 
 def _alpha_lines(items: list[tuple[Point, tuple[float, float]]], tint: str) -> Figure:
@@ -246,7 +250,7 @@ def _limit_line(x: float) -> Figure:
         "y0": 0,
         "y1": 1,
         "yref": "paper",
-        "line": {"color": "#c4401c", "width": 1.5, "dash": "dash"},
+        "line": {"color": "@bad", "width": 1.5, "dash": "dash"},
     }
 
 
@@ -260,7 +264,7 @@ def _limit_label(x: float) -> Figure:
         "yanchor": "bottom",
         "textangle": -90,
         "showarrow": False,
-        "font": {"size": 11, "color": "#c4401c"},
+        "font": {"size": 11, "color": "@bad"},
     }
 
 
@@ -301,12 +305,12 @@ def heat_map(mask: MaskFile, *, width_px: int) -> Figure:
     }
     height = min(760, 130 + max(14, min(34, 420 // len(layers))) * len(layers))
     plain = {"showgrid": False, "zeroline": False, "fixedrange": True, "automargin": True}
-    layout = _layout(
+    laid = layout(
         height,
         xaxis={**plain, "title": {"text": "expert", "font": {"size": 12}}, "tickformat": "d"},
         yaxis={**plain, "title": {"text": "decoder layer"}, "type": "category", "autorange": "reversed"},
     )
-    return {"data": [trace], "layout": layout}
+    return {"data": [trace], "layout": laid}
 
 
 def by_tactic(results: Results, *, name: str, width_px: int) -> Figure | None:
@@ -317,21 +321,37 @@ def by_tactic(results: Results, *, name: str, width_px: int) -> Figure | None:
     if not tactics:
         return None
     unseen = set(unseen_tactics(results, tactics))
-    longest = 14 if width_px < NARROW_PX else 32
-    texts = [label(tactic, longest=longest) + (" *" if tactic in unseen else "") for tactic in tactics]
     names = list(results.methods)
-    traces = [
-        _tactic_trace("none", [before.get(tactic) for tactic in tactics], -0.14, "@ink"),
-        _tactic_trace(name, [after.get(tactic) for tactic in tactics], 0.14, colour(name, names)),
-    ]
-    axis = _axis(f"{label(metric_name(target))} (test split)", [-0.03, 1.03])
-    layout = _layout(
-        120 + 46 * len(tactics),
+    series = [
+        Dots("none", [before.get(tactic) for tactic in tactics], "@ink", METHOD_SYMBOLS["none"]),
+        Dots(name, [after.get(tactic) for tactic in tactics], colour(name, names),
+             METHOD_SYMBOLS.get(name.partition("+")[0], "hexagon")),
+    ]  # fmt: skip
+    longest = 14 if width_px < NARROW_PX else 32
+    rows = [label(tactic, longest=longest) + (" *" if tactic in unseen else "") for tactic in tactics]
+    return dot_rows(rows, series, x_title=f"{label(metric_name(target))} (test split)")
+
+
+@dataclass(frozen=True)
+class Dots:
+    """A rate for each row, in one colour; None where there is none."""
+
+    name: str
+    intervals: Sequence[Interval | None]
+    tint: str
+    symbol: str
+
+
+def dot_rows(rows: Sequence[str], series: Sequence[Dots], *, x_title: str = "") -> Figure:
+    """Rates with their intervals, one row below the other, each series a little lower. rows: labels for plotly."""
+    axis = share_axis(x_title, [-0.03, 1.03])
+    laid = layout(
+        120 + 46 * len(rows) if len(rows) < 12 else 120 + 30 * len(rows),
         xaxis=axis,
         yaxis={
-            "tickvals": list(range(len(tactics))),
-            "ticktext": texts,
-            "range": [len(tactics) - 0.5, -0.5],
+            "tickvals": list(range(len(rows))),
+            "ticktext": list(rows),
+            "range": [len(rows) - 0.5, -0.5],
             "gridcolor": "rgba(0,0,0,0)",
             "zeroline": False,
             "fixedrange": True,
@@ -339,20 +359,22 @@ def by_tactic(results: Results, *, name: str, width_px: int) -> Figure | None:
         },
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
     )
-    return {"data": traces, "layout": layout}
+    step = 0.28
+    shifts = [(number - (len(series) - 1) / 2) * step for number in range(len(series))]
+    return {"data": [_dots(one, shift) for one, shift in zip(series, shifts, strict=True)], "layout": laid}
 
 
-def _tactic_trace(name: str, intervals: list[Interval | None], shift: float, tint: str) -> Figure:
+def _dots(dots: Dots, shift: float) -> Figure:
     rows = [
         (row + shift, found, found.value, found.value if found.low is None else found.low,
          found.value if found.high is None else found.high)
-        for row, found in enumerate(intervals)
+        for row, found in enumerate(dots.intervals)
         if found is not None and found.value is not None
     ]  # fmt: skip
     return {
         "type": "scatter",
         "mode": "markers",
-        "name": label(name, longest=24),
+        "name": label(dots.name, longest=30),
         "x": [value for _, _, value, _, _ in rows],
         "y": [row for row, *_ in rows],
         "error_x": {
@@ -360,16 +382,16 @@ def _tactic_trace(name: str, intervals: list[Interval | None], shift: float, tin
             "symmetric": False,
             "array": [high - value for _, _, value, _, high in rows],
             "arrayminus": [value - low for _, _, value, low, _ in rows],
-            "color": tint,
+            "color": dots.tint,
             "thickness": 1.5,
             "width": 4,
         },
         "hovertext": [
-            f"{label(name)}: {percent(found.value)} [{percent(found.low)}, {percent(found.high)}], n = {found.n}"
+            f"{label(dots.name)}: {percent(found.value)} [{percent(found.low)}, {percent(found.high)}], n = {found.n}"
             + (f", {found.unscored} unscored" if found.unscored else "")
             for _, found, *_ in rows
         ],
         "hoverinfo": "text",
         "cliponaxis": False,
-        "marker": {"size": 10, "color": tint, "symbol": METHOD_SYMBOLS.get(name.partition("+")[0], "hexagon")},
+        "marker": {"size": 10, "color": dots.tint, "symbol": dots.symbol},
     }

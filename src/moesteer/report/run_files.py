@@ -1,4 +1,4 @@
-"""What a report is made of: the files of one run directory, read and checked, and nothing else.
+"""What the report of a steering run is made of: the files of one run directory, read and checked, and nothing else.
 
 `results.json` must be there and be whole. A mask or a responses file that is missing is `None`, which the
 page says in words; one that is there but cannot be read is an error. No path may lead out of the run directory.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -18,15 +18,16 @@ from moesteer import files
 from moesteer.errors import FileError, MaskFileError
 
 RESULTS = "results.json"
+P = TypeVar("P", bound="Part")
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
     """A piece of results.json: unknown keys are kept, infinities refused, nothing is changed after reading."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
 
-class Interval(_Part):
+class Interval(Part):
     """A rate with its 95 % interval. `value` is null when nothing could be scored."""
 
     value: float | None
@@ -36,7 +37,7 @@ class Interval(_Part):
     unscored: int = 0
 
 
-class Difference(_Part):
+class Difference(Part):
     """A method against `none`, paired: difference with its 95 % interval, and the exact p-value."""
 
     difference: float | None
@@ -45,7 +46,7 @@ class Difference(_Part):
     p: float | None = None
 
 
-class GateFacts(_Part):
+class GateFacts(Part):
     """The gate of a method's mask: where it pools, its threshold, and how often it fired on select."""
 
     pool: str
@@ -55,7 +56,7 @@ class GateFacts(_Part):
     auroc: float
 
 
-class Method(_Part):
+class Method(Part):
     """What one method gave on the test split."""
 
     mask: str | None = None
@@ -69,7 +70,7 @@ class Method(_Part):
     by_tactic: dict[str, dict[str, Interval]] = {}
 
 
-class ModelFacts(_Part):
+class ModelFacts(Part):
     """The steered model."""
 
     name: str
@@ -81,14 +82,14 @@ class ModelFacts(_Part):
     router_sha256: str
 
 
-class Protect(_Part):
+class Protect(Part):
     """A metric that must not get worse by more than `margin` (a rate: 0.01 is one point)."""
 
     metric: str
     margin: float
 
 
-class Scenario(_Part):
+class Scenario(Part):
     """What was to change, and what was to stay."""
 
     name: str
@@ -111,7 +112,7 @@ def _without_null(value: Any) -> Any:
     return [name for name in value if name is not None] if isinstance(value, list) else value
 
 
-class Split(_Part):
+class Split(Part):
     """One suite in one split: conversations, behaviours (groups), tactics."""
 
     n: int
@@ -119,7 +120,7 @@ class Split(_Part):
     tactics: Annotated[list[str], BeforeValidator(_without_null)] = []
 
 
-class Point(_Part):
+class Point(Part):
     """One setting tried on the select split."""
 
     method: str
@@ -131,7 +132,7 @@ class Point(_Part):
     chosen: bool = False
 
 
-class Check(_Part):
+class Check(Part):
     """One named check of the run."""
 
     name: str
@@ -139,7 +140,7 @@ class Check(_Part):
     detail: str = ""
 
 
-class Results(_Part):
+class Results(Part):
     """results.json, schema 1."""
 
     schema_version: Literal[1] = Field(alias="schema")
@@ -156,26 +157,27 @@ class Results(_Part):
     seconds: dict[str, float] = {}
 
 
-class Message(_Part):
+class Message(Part):
     """One turn."""
 
     role: str
     content: str
 
 
-class Response(_Part):
+class Response(Part):
     """One played conversation with the model's last response and the judge's verdict."""
 
     id: str
     suite: str
     group: str | None = None
     tactic: str | None = None
-    split: str
+    split: str | None = None
     messages: list[Message]
     response: str
     verdict: str
     success: bool | None = None
     reference: Any = None
+    condition: str | None = None
 
 
 @dataclass(frozen=True)
@@ -219,10 +221,7 @@ def read_results(run: Path) -> Results:
             expected="a run directory that holds results.json, which the evaluation writes last",
             do="give the folder of a finished run, or run the same command again: it goes on where it stopped",
         )
-    try:
-        results = Results.model_validate(files.read_json(path))
-    except ValidationError as error:
-        raise _malformed(path, error) from error
+    results = read_checked(path, Results)
     named = [results.recommended] if results.recommended is not None else []
     for name in [*named, "none"]:
         if name not in results.methods:
@@ -235,13 +234,22 @@ def read_results(run: Path) -> Results:
     return results
 
 
-def _malformed(path: Path, error: ValidationError) -> FileError:
+def read_checked(path: Path, model: type[P]) -> P:
+    """A JSON file as its model. Raises FileError where it is missing, not JSON, or lacks something."""
+    try:
+        return model.model_validate(files.read_json(path))
+    except ValidationError as error:
+        raise malformed(path, error) from error
+
+
+def malformed(path: Path, error: ValidationError) -> FileError:
+    """The first place where a file is not as its model says."""
     first = error.errors(include_url=False, include_context=False)[0]
     pointer = "/" + "/".join(str(part) for part in first["loc"])
     return FileError(
         f"malformed: {first['msg']}",
         where=f"{path} {pointer} ({error.error_count()} such places)",
-        expected="the layout that docs/tour.md gives for this file, schema 1",
+        expected="the layout that docs/report.md gives for this file, schema 1",
         do="run the evaluation again; do not edit the file by hand",
     )
 
@@ -299,8 +307,11 @@ def responses_path(name: str) -> str:
     return f"responses/{name}.jsonl"
 
 
-def read_responses(run: Path, name: str) -> list[Response] | None:
-    """The test conversations played with one method, or None when the file is missing. Raises FileError."""
+def read_responses(run: Path, name: str, *, split: str | None = "test") -> list[Response] | None:
+    """The conversations of a split (None: of all) played with one method, or None when the file is missing.
+
+    Raises FileError.
+    """
     path = inside(Path(run), responses_path(name))
     if not path.exists():
         return None
@@ -311,7 +322,7 @@ def read_responses(run: Path, name: str) -> list[Response] | None:
         try:
             rows.append(Response.model_validate(files.parse_json(line)))
         except ValidationError as error:
-            raise _malformed(Path(f"{path} line {number}"), error) from error
+            raise malformed(Path(f"{path} line {number}"), error) from error
         except (ValueError, RecursionError) as error:
             raise FileError(
                 f"not valid JSON: {error}",
@@ -319,4 +330,4 @@ def read_responses(run: Path, name: str) -> list[Response] | None:
                 expected="one JSON object a line, in UTF-8",
                 do="run the evaluation again: it goes on where it stopped",
             ) from error
-    return [row for row in rows if row.split == "test"]
+    return [row for row in rows if split is None or row.split == split]

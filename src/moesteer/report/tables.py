@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from moesteer.evaluate.cells import number, signed
+from moesteer.evaluate.cells import signed
 from moesteer.report import wording
-from moesteer.report.run_files import Difference, Interval, Results
-from moesteer.report.wording import Number, pointer
+from moesteer.report.numbers import Number, difference, interval, percent, pointer, seconds
+from moesteer.report.run_files import Difference, Results
 
 
 def metric_order(results: Results) -> list[str]:
@@ -38,49 +38,31 @@ def tiles(results: Results, name: str | None) -> list[dict[str, Any]]:
     made = []
     for metric, margin in margins.items():
         if metric in none.metrics and metric in method.metrics:
-            difference = method.vs_none.get(metric)
+            found = method.vs_none.get(metric)
             made.append(
                 {
                     "metric": metric,
                     "before": wording.rate(metric, "none", none.metrics[metric]),
                     "after": wording.rate(metric, name, method.metrics[metric]),
-                    "difference": _difference(name, metric, difference),
-                    "effect": wording.verdict(metric, difference),
+                    "difference": _difference(name, metric, found),
+                    "effect": wording.verdict(metric, found),
                     "margin": None if margin is None else signed(margin).lstrip("+"),
-                    "exceeded": margin is not None and _exceeds(metric, difference, margin),
+                    "exceeded": margin is not None and _exceeds(metric, found, margin),
                 }
             )
     return made
 
 
-def _exceeds(metric: str, difference: Difference | None, margin: float) -> bool:
-    if difference is None or difference.difference is None:
+def _exceeds(metric: str, found: Difference | None, margin: float) -> bool:
+    if found is None or found.difference is None:
         return False
     sign = 1 if metric in wording.LOWER_IS_BETTER else -1
-    return sign * difference.difference > margin + 1e-12
+    return sign * found.difference > margin + 1e-12
 
 
-def _interval(interval: Interval, *place: str) -> dict[str, Any]:
-    return {
-        "value": Number(wording.percent(interval.value), interval.value, pointer(*place, "value")),
-        "low": Number(number(interval.low), interval.low, pointer(*place, "low")),
-        "high": Number(number(interval.high), interval.high, pointer(*place, "high")),
-        "n": Number(str(interval.n), interval.n, pointer(*place, "n")),
-        "unscored": Number(str(interval.unscored), interval.unscored, pointer(*place, "unscored")),
-    }
-
-
-def _difference(name: str, metric: str, difference: Difference | None) -> dict[str, Any] | None:
-    if difference is None or difference.difference is None:
-        return None
+def _difference(name: str, metric: str, found: Difference | None) -> dict[str, Any] | None:
     place = ("methods", name, "vs_none", metric)
-    return {
-        "value": wording.change(metric, name, difference),
-        "low": Number(signed(difference.low), difference.low, pointer(*place, "low")),
-        "high": Number(signed(difference.high), difference.high, pointer(*place, "high")),
-        "p": Number(wording.p_text(difference.p), difference.p, pointer(*place, "p")),
-        "effect": wording.verdict(metric, difference),
-    }
+    return difference(found, *place, lower_is_better=metric in wording.LOWER_IS_BETTER)
 
 
 def headline_table(results: Results) -> dict[str, Any]:
@@ -106,7 +88,7 @@ def headline_table(results: Results) -> dict[str, Any]:
                 None
                 if found is None
                 else {
-                    **_interval(found, "methods", name, "metrics", metric),
+                    **interval(found, "methods", name, "metrics", metric),
                     "difference": _difference(name, metric, method.vs_none.get(metric)),
                 }
             )
@@ -125,7 +107,7 @@ def trade_off_table(results: Results) -> dict[str, Any]:
         for metric in columns:
             value = point.metrics.get(metric)
             place = pointer("trade_off", index, "metrics", metric)
-            cells.append(Number(wording.percent(value), value, place) if metric in point.metrics else None)
+            cells.append(Number(percent(value), value, place) if metric in point.metrics else None)
         sizes = {
             key: None if value is None else Number(f"{value:g}", value, pointer("trade_off", index, key))
             for key, value in (("alpha", point.alpha), ("experts", point.experts))
@@ -147,7 +129,7 @@ def tactics_table(results: Results, name: str | None) -> list[dict[str, Any]]:
             "tactic": tactic,
             "unseen": tactic in unseen,
             "cells": [
-                _interval(found[tactic], "methods", method, "by_tactic", target, tactic) if tactic in found else None
+                interval(found[tactic], "methods", method, "by_tactic", target, tactic) if tactic in found else None
                 for method, found in pair.items()
             ],
         }
@@ -194,15 +176,11 @@ def timings_table(results: Results) -> dict[str, Any]:
         {
             "name": name,
             "cells": [
-                _seconds(results.methods[name].seconds.get(step), pointer("methods", name, "seconds", step))
+                seconds(results.methods[name].seconds.get(step), pointer("methods", name, "seconds", step))
                 for step in columns
             ],
         }
         for name in method_order(results)
     ]
-    whole = [(step, _seconds(value, pointer("seconds", step))) for step, value in sorted(results.seconds.items())]
+    whole = [(step, seconds(value, pointer("seconds", step))) for step, value in sorted(results.seconds.items())]
     return {"columns": columns, "rows": rows, "whole": whole}
-
-
-def _seconds(value: float | None, place: str) -> Number | None:
-    return None if value is None else Number(wording.seconds_text(value), value, place)

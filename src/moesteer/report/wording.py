@@ -1,12 +1,9 @@
-"""Numbers and names as the page says them: every number keeps the exact value and the place it came from."""
+"""Names and sentences as the pages say them."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-
-from moesteer.evaluate.cells import MINUS, NOTHING, signed
-from moesteer.report.run_files import RESULTS, Difference, Interval, Method, Results
+from moesteer.report.numbers import Number, effect, percent, pointer, points
+from moesteer.report.run_files import Difference, Interval, Method, Results
 
 LOWER_IS_BETTER = frozenset({"over_refusal_rate"})
 """Metrics where less is better; in all others more is better."""
@@ -39,27 +36,12 @@ METHOD_NOTES = {
     "shuffled-layers": "control: the mask with its layers shuffled",
 }
 
-HIDDEN = frozenset([*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0xFEFF])
-"""Code points that steer a display instead of showing: further controls, and changes of writing direction."""
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number on the page. text: as shown; value: exactly as in the file; pointer: RFC 6901, in results.json."""
-
-    text: str
-    value: float | int | None
-    pointer: str
-
-    @property
-    def exact(self) -> str:
-        """The value as JSON, every digit."""
-        return json.dumps(self.value)
-
-    @property
-    def title(self) -> str:
-        """What a reader sees on hovering."""
-        return f"{RESULTS} {self.pointer}"
+_MARKS = (0x061C, 0x200E, 0x200F, 0xFEFF)
+HIDDEN = frozenset(
+    [*_MARKS, *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)]
+)
+"""Code points that steer a display instead of showing: further controls, changes of writing direction; and halves of
+characters, which no file can hold."""
 
 
 def printable(text: str) -> str:
@@ -76,11 +58,6 @@ def _visible(character: str) -> str:
     return character
 
 
-def pointer(*parts: str | int) -> str:
-    """A JSON pointer (RFC 6901)."""
-    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
-
-
 def metric_name(metric: str) -> str:
     """A metric in words."""
     return METRIC_NAMES.get(metric, metric.replace("_", " "))
@@ -93,26 +70,6 @@ def method_note(name: str) -> str:
     return f"{note}, only where a gate fires" if note and variant == "gate" else note
 
 
-def percent(value: float | None) -> str:
-    """0.471 as `47.1 %`."""
-    return NOTHING if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%".replace("-", MINUS)
-
-
-def p_text(p: float | None) -> str:
-    """`p < 0.001`, `p = 0.032`."""
-    if p is None:
-        return f"p {NOTHING}"
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
-
-
-def seconds_text(value: float) -> str:
-    """12.34 as `12.3 s`, 250 as `4 min 10 s`."""
-    if value < 100:
-        return f"{value:.1f} s"
-    minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest} s"
-
-
 def rate(metric: str, method: str, interval: Interval) -> Number:
     """The value of a metric as a Number."""
     return Number(percent(interval.value), interval.value, pointer("methods", method, "metrics", metric, "value"))
@@ -120,17 +77,12 @@ def rate(metric: str, method: str, interval: Interval) -> Number:
 
 def change(metric: str, method: str, difference: Difference) -> Number:
     """The difference to `none` as a Number, in points."""
-    place = pointer("methods", method, "vs_none", metric, "difference")
-    return Number(signed(difference.difference), difference.difference, place)
+    return points(difference.difference, "methods", method, "vs_none", metric, "difference")
 
 
 def verdict(metric: str, difference: Difference | None) -> str:
-    """`better`, `worse`, or `same` when the 95 % interval of the difference holds zero (or is not known)."""
-    if difference is None or difference.low is None or difference.high is None:
-        return "same"
-    if difference.low <= 0 <= difference.high:
-        return "same"
-    return "better" if (difference.low > 0) != (metric in LOWER_IS_BETTER) else "worse"
+    """Whether a metric got `better` or `worse`, or is the `same` as far as its interval can tell."""
+    return effect(difference, lower_is_better=metric in LOWER_IS_BETTER)
 
 
 def shown_method(results: Results) -> str | None:
