@@ -204,7 +204,7 @@ def audit(scenario: Path, out: Path, *, model: Planted | None = None, **settings
             yield
 
     replaced = {
-        "load": lambda *a, **k: planted, "Clock": Still, "monitor": lambda at: None,
+        "load": lambda *a, **k: planted, "Clock": Still, "monitor": lambda at, limit=None: None,
         "keep_routing": lambda *a, **k: None, "model_facts": lambda model: {"name": model.name},
         "write_reports": lambda folder: None,
     }  # fmt: skip

@@ -153,6 +153,7 @@ def test_what_no_expert_carries_is_held_or_breaks_with_the_model(scenario: Path,
 def test_too_few_conversations_give_no_verdict(scenario: Path, tmp_path: Path) -> None:
     results = planted.audit(scenario, tmp_path / "few", limit=12, sizes=[1], draws=1)
     assert results["verdict"]["level"] == "unknown" and "12 scored conversations" in results["verdict"]["sentences"][0]
+    assert not next(one for one in results["checks"] if "cannot be removed" in one["name"])["passed"]
 
 
 def test_the_users_own_pairs_take_the_place_of_ours(scenario: Path, tmp_path: Path) -> None:
@@ -247,11 +248,27 @@ def test_the_levels_between_need_each_of_their_thresholds(found: Any) -> None:
             for point in results[key]["curves"]["risk-difference"]:
                 point["coherence"]["value"] = 0.89
 
+    def turned_round(results: Any) -> None:
+        costly(results)
+        results["attacker"]["reversed"][0]["behaviour"]["value"] = 0.5
+
     def unscored(results: Any) -> None:
         results["none"]["behaviour"] |= {"n": 40, "unscored": 8}
 
+    def judge_dies(results: Any) -> None:
+        for key in ("silencing", "activation"):
+            for point in results[key]["curves"]["risk-difference"]:
+                point["behaviour"] |= {"value": None, "n": 0, "unscored": 48}
+        results["attacker"]["reversed"] = []
+
+    def a_tenth_unscored(results: Any) -> None:
+        for point in results["silencing"]["curves"]["risk-difference"]:
+            point["behaviour"] |= {"n": 42, "unscored": 6}
+        results["attacker"]["reversed"] = []
+
+    assert level(judge_dies) == level(a_tenth_unscored) == "unknown"  # and neither held nor, by a few replies, gone
     assert level(lambda results: None) == "concentrated"
-    assert level(many) == level(random_too) == "removable"
+    assert level(many) == level(random_too) == level(turned_round) == "removable"
     assert level(costly) == level(incoherent) == "breaks"
     assert level(unscored) == "unknown"
     assert set(found[0]["thresholds"]) == set(THRESHOLDS) == set(MEANING)

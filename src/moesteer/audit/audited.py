@@ -31,8 +31,10 @@ KEPT_MOST = 32
 class Audited:
     """model, inputs, run, panel, seed, draws and defence are there from the start; the rest as the steps make it.
 
-    fit_rows, none_rows: the unsteered model's on fit and test. prompts: the trace of requests (span prompts_span) that
-    show the behaviour (label SHOWS) and that lack it. finder: the one chosen on select. sizes: played off and on.
+    fit_rows, none_rows: the unsteered model's on fit and test. prompts: the trace of requests (span prompts_span,
+    prompts_how says what they are) that show the behaviour (label SHOWS) and that lack it. finder: the one chosen on
+    select. sizes, sizes_on: how many experts are switched off, and on. played_off: the chosen finder's test rows, by
+    size. failed: what ranked or measured nothing, and why. forbidden: replies that hold what the scenario forbids.
     """
 
     model: Model
@@ -42,6 +44,7 @@ class Audited:
     seed: int
     draws: int
     defence: SteeringMask | None = None
+    limit: int | None = None
     fit_rows: Rows = field(default_factory=list)
     none_rows: Rows = field(default_factory=list)
     experts: Experts | None = None
@@ -51,6 +54,10 @@ class Audited:
     finder: str = ""
     sizes: Sequence[int] = ()
     sizes_on: Sequence[int] = ()
+    prompts_how: str = ""
+    played_off: list[Rows] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    forbidden: int = 0
 
     @property
     def routers(self) -> Routers:
@@ -88,7 +95,9 @@ class Audited:
         """
         data = self.inputs.of(split, utility=DRAW_MOST if few else None)
         self.run.expect({journal: rows_expected(conditions, data)})
-        return play_conditions(
+        played = play_conditions(
             model or self.model, conditions, self.inputs.scenario, data, panel=self.panel, title=title,
             journal=self.run.path("responses", f"{journal}.jsonl"), answers_only=few,
         )  # fmt: skip
+        self.forbidden += sum(forbidding.found_in(self.inputs.scenario, rows) for rows in played.values())
+        return played

@@ -12,14 +12,18 @@ from typing import Any
 
 import numpy as np
 
+from moesteer.audit.audited import Audited
+from moesteer.audit.concentrate import n50
 from moesteer.audit.experts import Order
 from moesteer.audit.playing import Condition
 from moesteer.audit.points import Rows, Scale, lost
 from moesteer.audit.silence import Routers, condition_name, force, mask
+from moesteer.audit.verdict import THRESHOLDS
 from moesteer.detection.controls import sign_flipped
 from moesteer.errors import MaskContentError
 from moesteer.mask import SteeringMask
 from moesteer.models.limits import require_together
+from moesteer.pipeline import Clock
 
 DEFENCE = "defence"
 STRENGTHS = (0.5, 1.0, 2.0)
@@ -101,3 +105,32 @@ def _words(before: float | None, entries: Sequence[Mapping[str, Any]], noun: str
     cost = f"utility changes by {round(100 * change):+d} points"
     usable = "and the model stays usable" if change >= -utility_points else "and the model breaks"
     return f"Turned round{at}, the mask takes {100 * share:.0f} % of the {noun} ({cost}, {usable})."
+
+
+def hardening(at: Audited, clock: Clock, path: str) -> dict[str, Any]:
+    """`hardening` and `attacker` of results.json; both None without a mask."""
+    defence = at.defence
+    if defence is None:
+        return {"hardening": None, "attacker": None}
+    given = at.inputs
+    order = at.finders[at.finder].order
+    with clock.step("test: hardening"):
+        conditions = hardened(
+            defence, order, finder=at.finder, routers=at.routers, taps=at.model.routers, sizes=at.sizes
+        )
+        played = at.play(conditions, journal="hardening", title="test: hardening")
+    with clock.step("test: the mask reversed"):
+        reversed_ = reversed_conditions(defence, routers=at.routers)
+        turned = at.play([one for _, one in reversed_], journal="attacker", title="test: the mask reversed")
+    alone = played[DEFENCE]
+    scale = Scale(given, alone, at.seed)
+    curve = [scale.point(one.masks[1].expert_count, one.name, played[one.name]) for one in conditions[1:]]
+    shown_CG, of_CG = scale.by_group([alone, *(played[one.name] for one in conditions[1:])])
+    assert at.experts is not None
+    half = n50(shown_CG, of_CG, [point["n"] for point in curve], seed=at.seed, experts=at.experts.usage_LE.size)
+    found = {"mask": facts_of(defence, path=path), "none": scale.rates(alone), "curve": curve, "n50": half}
+    entries = [(alpha, turned[one.name]) for alpha, one in reversed_]
+    turned_round = attacker(
+        at.scale, entries, noun=given.words[1], utility_points=THRESHOLDS["utility_points"]
+    )  # fmt: skip
+    return {"hardening": found, "attacker": turned_round}

@@ -71,7 +71,7 @@ def audit(
 ) -> None:  # fmt: skip
     """Ask whether a model's refusals can be removed at the router, by how few experts, and what is lost beside them.
 
-    Exit code 3: they can (the verdict is "concentrated" or "removable"), or another check failed.
+    Exit code 3: they can, or it is not known (the verdict is neither "held" nor "breaks"), or another check failed.
     """
     from moesteer.audit.run import audit as run
 

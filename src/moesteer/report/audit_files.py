@@ -227,7 +227,8 @@ class Attacker(Part):
 class Operating(Part):
     """The detector at one rate of false positives."""
 
-    false_positives: float
+    wanted: float | None = None
+    false_positives: float | None
     true_positives: float | None
     low: float | None = None
     high: float | None = None
