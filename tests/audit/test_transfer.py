@@ -19,7 +19,7 @@ from moesteer.audit.transfer import correlation, overlap, transfer, verdict
 from moesteer.backends.hf import Model
 from moesteer.backends.loading import load
 from moesteer.backends.sources import LAB_TINY
-from moesteer.errors import ModelError
+from moesteer.errors import ModelError, NoEffectError
 from moesteer.evaluate.play import judged, play
 from moesteer.lab import train, variants
 from moesteer.lab.concentrating import CHOSEN
@@ -163,9 +163,22 @@ def test_a_second_time_nothing_is_played_and_the_entry_is_the_same(
     assert transfer(at, str(folders / "tuned"), number=0) == entries["tuned"]
 
 
+def test_without_experts_of_its_own_the_old_ones_are_measured_all_the_same(
+    at: Audited, folders: Path, entries: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*given: Any) -> Any:
+        raise NoEffectError("no finder ranked anything", where="w", expected="e", do="d")
+
+    monkeypatch.setattr(transferring, "find", nothing)
+    entry = transfer(at, str(folders / "tuned"), number=0)
+    assert entry["own"] == [] and entry["old"] == entries["tuned"]["old"] and entry["verdict"]["level"] == "holds"
+    assert any("own experts were not found: no finder" in sentence for sentence in entry["verdict"]["sentences"])
+
+
 def test_the_entry_is_json(entries: Mapping[str, Any]) -> None:
     for entry in entries.values():
         assert files.parse_json(files.dumps(entry)) == files.plain(entry)
+        assert np.shape(entry["difference_LE"]) == (6, 16)  # what the report's scatter is drawn from
         assert entry["mask"] is None and entry["scores"] == "risk-difference"
 
 

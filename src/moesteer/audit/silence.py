@@ -147,7 +147,8 @@ def draws(order: Order, *, routers: Routers, way: Way, size: int, count: int, us
     for number in range(count):
         rng = np.random.default_rng([seed, size, number, way == "on"])
         drawn = _like(named, apart, usage_LE, rng)
-        rest = [entry for entry in order if entry not in set(drawn)]
+        taken = set(drawn)
+        rest = [entry for entry in order if entry not in taken]
         shuffled = [rest[i] for i in rng.permutation(len(rest))]  # for routers that cannot follow all of those drawn
         table_LE = force((*drawn, *shuffled), routers=routers, count=size, way=way)
         made = mask(table_LE, fingerprint=routers.fingerprint, finder=f"random-{number:02d}", way=way)
@@ -165,10 +166,10 @@ def draws(order: Order, *, routers: Routers, way: Way, size: int, count: int, us
 def _like(
     named: Sequence[tuple[int, int]], apart: AbstractSet[tuple[int, int]], usage_LE: F64, rng: np.random.Generator
 ) -> list[tuple[int, int]]:
-    drawn: list[tuple[int, int]] = []
+    drawn: dict[tuple[int, int], None] = {}  # a set that keeps its order
     for row, expert in named:
         free = [(row, other) for other in range(usage_LE.shape[1]) if (row, other) not in drawn]
         left = [entry for entry in free if entry not in apart] or free
         near = sorted(left, key=lambda entry: (abs(usage_LE[entry] - usage_LE[row, expert]), entry))[:NEAREST]
-        drawn.append(near[int(rng.integers(len(near)))])
-    return drawn
+        drawn[near[int(rng.integers(len(near)))]] = None
+    return list(drawn)

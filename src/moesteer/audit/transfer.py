@@ -33,7 +33,7 @@ from moesteer.audit.verdict import usable
 from moesteer.backends.hf import Model
 from moesteer.backends.loading import load
 from moesteer.capturing import capture
-from moesteer.errors import ModelError
+from moesteer.errors import ModelError, NoEffectError
 from moesteer.trace import TraceReader
 
 F64 = NDArray[np.float64]
@@ -86,7 +86,7 @@ def transfer(
         },
         "finder": at.finder, "scores": RISK_DIFFERENCE, "sizes": sizes[OLD],
         **_agreement(at, theirs, sizes[OLD]), "none": none, **curves, "effect": effect,
-        "mask": _mask(at, scale, played),
+        "mask": _mask(at, scale, played), "difference_LE": theirs.difference.value.tolist(),
         "thresholds": {name: {"value": value, "meaning": MEANING[name]} for name, value in THRESHOLDS.items()},
     }  # fmt: skip
     return {**entry, "verdict": verdict(entry, noun=at.inputs.words[1], own_failed=why)}
@@ -121,7 +121,10 @@ def _own(
         prompts = _capture(at, model, requests(at.inputs, at.fit_rows), f"transfer-{number}-prompts")
     if at.finder == RISK_DIFFERENCE:
         prompts = at.prompts or trace  # which that finder does not look at
-    made, failed = find(at.evidence(model, theirs, prompts), [at.finder])
+    try:
+        made, failed = find(at.evidence(model, theirs, prompts), [at.finder])
+    except NoEffectError as error:  # of the one finder that was asked: the old experts' effect is there all the same
+        return None, str(error)
     return made.get(at.finder), failed.get(at.finder)
 
 

@@ -223,7 +223,7 @@ def _about(row: Expert | None) -> str:
 
 
 def by_layer(results: AuditResults, *, width_px: int) -> Figure | None:
-    """Each layer's share of what silencing takes away, and the even share."""
+    """Each layer's share of the positive risk difference, and the even share."""
     rows = [row for row in results.concentration.by_layer if row.share is not None]
     if not rows:
         return None
@@ -235,7 +235,7 @@ def by_layer(results: AuditResults, *, width_px: int) -> Figure | None:
         "x": [str(row.layer) for row in rows],
         "y": [row.share for row in rows],
         "marker": {"color": "@blue"},
-        "hovertext": [f"layer {row.layer}<br>{percent(row.share)} of what silencing takes away" for row in rows],
+        "hovertext": [f"layer {row.layer}<br>{percent(row.share)} of the positive risk difference" for row in rows],
         "hoverinfo": "text",
     }
     laid = layout(

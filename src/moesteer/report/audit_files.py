@@ -149,7 +149,7 @@ class Half(Estimate):
 
 
 class LayerShare(Part):
-    """A layer's share of what silencing takes away."""
+    """A layer's share of the positive risk difference: of routing, not of effect."""
 
     layer: int
     share: float | None

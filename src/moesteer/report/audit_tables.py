@@ -168,7 +168,7 @@ def _estimated_points(found: Estimate | None, *place: str | int) -> dict[str, Nu
 
 
 def layer_rows(results: AuditResults) -> list[dict[str, Any]]:
-    """Each layer's share of what silencing takes away."""
+    """Each layer's share of the positive risk difference."""
     return [
         {"layer": row.layer, "share": share(row.share, "concentration", "by_layer", index, "share")}
         for index, row in enumerate(results.concentration.by_layer)
