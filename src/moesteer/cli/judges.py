@@ -20,7 +20,7 @@ PHRASES: Mapping[str, str] = {
 
 
 def judges(json: Json = False) -> None:
-    """The kinds of judge for a scenario's [[judge]]: what each looks for, its licence, and its known faults."""
+    """The kinds of judge for a scenario's judge tables: what each looks for, its licence, and its known faults."""
     from moesteer.judges.settings import ENDPOINT
     from moesteer.judges.table import GUARDS
 

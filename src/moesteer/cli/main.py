@@ -82,6 +82,14 @@ def run() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not make a failure of it
         print("stopped; the same command goes on where it was", file=sys.stderr)
         sys.exit(STOPPED)
+    except (ImportError, RuntimeError) as error:
+        from moesteer.doctor import broken_torchvision  # transformers says a dozen things where that is the reason
+
+        why = broken_torchvision()
+        if why is None:
+            raise
+        print(f"error: torchvision does not fit: {why}\n  instead of: {error}", file=sys.stderr)
+        sys.exit(1)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
