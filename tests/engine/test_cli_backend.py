@@ -30,6 +30,7 @@ from moesteer.lab import world
 from moesteer.mask import SteeringMask
 from moesteer.trace import TraceReader
 from tests.engine.masks import PROMPTS, additive, forced, in_process
+from tests.processes import still_running
 
 pytestmark = pytest.mark.slow
 UNIPROC = 'distributed_executor_backend="uni"'
@@ -238,16 +239,7 @@ def test_a_start_that_is_stopped_leaves_no_process(number: signal.Signals, tmp_p
     assert _engines(parent)
     (os.killpg if number == signal.SIGINT else os.kill)(command.pid, number)
     assert command.wait(timeout=60) == 128 + number
-    psutil.wait_procs(seen, timeout=20)
-    assert not [process for process in seen if _runs(process)]
-
-
-def _runs(process: psutil.Process) -> bool:
-    """Whether it is there and not over: one that is over stays a zombie for as long as init takes to notice."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    assert not still_running(seen, timeout=20)
 
 
 def _children() -> list[str]:

@@ -35,6 +35,7 @@ from moesteer.serve.server import Serving, engine_arguments, settings_of
 from tests.compat.test_gating import TALKS, behind, sometimes, who
 from tests.engine.masks import PROMPTS as EVERY
 from tests.engine.masks import talks
+from tests.processes import still_running
 from tests.server.attacks import TRAVERSALS, hostile
 from tests.server.serving import ADMIN, Served, fails, half, serving, until
 
@@ -552,7 +553,7 @@ def test_a_server_that_is_told_to_end_ends_well(number: signal.Signals, masks: M
         stop.set()
         thread.join(30)
         assert "stopped answering" not in server.log.read_text() and "no more answers" not in server.log.read_text()
-        assert not psutil.wait_procs(family, timeout=20)[1]
+        assert not still_running(family, timeout=20)
 
 
 def test_a_worker_that_hangs_ends_all_answers(masks: Masks, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from moesteer.errors import (
     UnknownNameError,
 )
 from moesteer.fingerprint import Fingerprint
+from tests.processes import still_running
 from tests.workers.test_workers import TALKS, additive, conversations
 
 ENTRY = "import signal; signal.signal(2, signal.default_int_handler); from moesteer.cli.main import run; run()"
@@ -163,8 +164,7 @@ def test_a_command_that_is_stopped_leaves_nothing(number: signal.Signals, comman
     begun = time.monotonic()
     assert command.wait(timeout=30) == 128 + number, command.communicate()[1]
     assert time.monotonic() - begun < 15
-    _, left = psutil.wait_procs(seen, timeout=10)
-    assert not [_line(process) for process in left]
+    assert not [_line(process) for process in still_running(seen, timeout=10)]
     assert not folder.exists()
 
 
